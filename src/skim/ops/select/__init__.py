@@ -1,0 +1,109 @@
+"""Token selection: index scores and exact top-k in bounded memory."""
+
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from skim.ops.checks import Quantised, expect_index_inputs, expect_interval, expect_shape, expect_tensor
+from skim.ops.dispatch import run
+from skim.ops.workspace import accumulator, workspace
+from skim.selection import Selection
+
+
+def select(
+    q_index: Union[Tensor, Quantised],
+    k_index: Union[Tensor, Quantised],
+    weights: Tensor,
+    budget: int,
+    *,
+    start: Optional[Tensor] = None,
+    end: Optional[Tensor] = None,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    with_scores: bool = False,
+    workspace_mb: Optional[int] = None,
+    impl: str = "auto",
+) -> Union[Selection, tuple[Selection, Tensor]]:
+    """The `budget` best visible keys of each query, exactly, without ever holding T x S scores.
+
+    Order: score descending, then position descending: among equals the most recent token wins. -0.0 equals +0.0, NaN
+    never wins. A row that sees no more than `budget` keys keeps them all. Bitwise the same for any batch or chunk.
+    Nothing here has a gradient. Source: DeepSeek-V3.2-Exp report, section 1.
+
+    Args:
+        q_index: `[B, T, J, E]` index queries, or `(float8_e4m3fn values, float32 scale [B, T, J])`. With five axes
+            `[B, T, R, J, E]` (weights `[B, T, R, J]`) each query makes R selections over the same keys.
+        k_index: `[B, S, E]` index keys, or `(float8_e4m3fn values, float32 scale [B, S])`.
+        weights: `[B, T, J]` signed head weights.
+        budget: K >= 1, keys kept for a query.
+        start, end: int32 `[B, T]`, see `visible`; both None is causal.
+        keep_first, keep_recent: so many of the first and of the last visible keys are always kept; they count
+            against the budget.
+        with_scores: also give the scores of the selected keys (`Selection.scores`) and the index lse.
+        workspace_mb: scratch memory, MiB; None is 32 on a CPU, 512 elsewhere.
+        impl: "auto" or the name of an implementation.
+
+    Returns:
+        A `Selection`; with `with_scores` the pair `(selection, lse)`, lse float32 `[B, T, R]`: the natural
+        log-sum-exp of a row's scores over all its visible keys (-inf for a row that sees none).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, a budget below 1, or
+            `keep_first + keep_recent` above the budget.
+    """
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        raise ValueError(f"budget: expected an int >= 1, got {budget!r}")
+    if keep_first < 0 or keep_recent < 0 or keep_first + keep_recent > budget:
+        raise ValueError(f"keep_first, keep_recent: expected a sum of 0 to {budget} (the budget), got {keep_first} and {keep_recent}")
+    values = q_index[0] if isinstance(q_index, tuple) else q_index
+    R = 1
+    if isinstance(values, Tensor) and values.dim() == 5:  # R selections of one query are R queries that see the same keys
+        R = values.shape[2]
+        expect_shape("weights", expect_tensor("weights", weights, "BTRJ"), tuple(values.shape[:-1]), "BTRJ")
+        q_index = tuple(x.flatten(1, 2) for x in q_index) if isinstance(q_index, tuple) else q_index.flatten(1, 2)  # type: ignore[assignment]
+        weights = weights.flatten(1, 2)
+    q, k, weights, q_scale, k_scale = expect_index_inputs(q_index, k_index, weights)
+    B, rows = q.shape[:2]
+    T = rows // R
+    start, end = expect_interval(start, end, B, T, k.shape[1], q.device)
+    if R > 1:
+        start, end = start.repeat_interleave(R, 1), end.repeat_interleave(R, 1)
+    q, k, weights = q.detach(), k.detach(), weights.detach()
+    mb = workspace(workspace_mb, q.device)
+    indices, counts, scores, lse = _select(q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, mb, impl)
+    shape = (B, T, R, budget)
+    if not with_scores:
+        return Selection(indices.view(shape), counts.view(B, T, R))
+    return Selection(indices.view(shape), counts.view(B, T, R), scores.view(shape)), lse.view(B, T, R)
+
+
+@torch.library.custom_op("skim::select", mutates_args=())
+def _select(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    q_scale: Optional[Tensor],
+    k_scale: Optional[Tensor],
+    start: Tensor,
+    end: Tensor,
+    budget: int,
+    keep_first: int,
+    keep_recent: int,
+    with_scores: bool,
+    workspace_mb: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args = q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb
+    return run("select", "select", impl, q.device, *args)
+
+
+@_select.register_fake
+def _(q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, impl):  # type: ignore[no-untyped-def]
+    B, T = q.shape[:2]
+    indices = q.new_empty(B, T, budget, dtype=torch.int32)
+    counts = q.new_empty(B, T, dtype=torch.int32)
+    dtype = accumulator(q.dtype)
+    if with_scores:
+        return indices, counts, q.new_empty(B, T, budget, dtype=dtype), q.new_empty(B, T, dtype=dtype)
+    return indices, counts, q.new_empty(0, dtype=dtype), q.new_empty(0, dtype=dtype)
