@@ -1,0 +1,33 @@
+"""What all tests share: no network, few threads, the same random numbers, and a word for what can't run here."""
+
+import os
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+THREADS = max(1, (os.cpu_count() or 1) // WORKERS)  # workers that share a core slow each other down many times over
+
+# Set before torch and transformers are imported, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(THREADS)
+
+# A first example compiles or warms up, so time says nothing; in CI the same examples run every time.
+settings.register_profile("skim", deadline=None, print_blob=True, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("skim")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    torch.manual_seed(0)
