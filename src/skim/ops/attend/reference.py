@@ -15,12 +15,19 @@ from skim.ops.workspace import accumulator, chunks
 Pair = tuple[Tensor, Tensor]
 
 
-def _softmax(scores: Tensor, valid: Tensor) -> Pair:
-    """Probabilities `[..., s]` and lse `[...]` of the keys alone."""
-    scores = scores.masked_fill_(~valid, -torch.inf)
-    lse = scores.logsumexp(-1)
-    finite = lse.masked_fill(lse == -torch.inf, 0.0)  # an empty row: exp(-inf - 0) = 0 and not NaN
-    return (scores - finite[..., None]).exp_(), lse
+def _softmax(scores: Tensor, valid: Optional[Tensor]) -> Pair:
+    """Probabilities `[..., s]` and lse `[...]` of the keys alone; valid None where every key is."""
+    if scores.shape[-1] == 0:
+        return scores, scores.new_full(scores.shape[:-1], -torch.inf)
+    if valid is not None:
+        scores = scores.masked_fill_(~valid, -torch.inf)
+    largest = scores.amax(-1)
+    p = scores.softmax(-1)
+    lse = largest - p.amax(-1).log()  # the largest probability is exp(largest - lse)
+    empty = largest == -torch.inf
+    if bool(empty.any()):
+        p, lse = p.masked_fill_(empty[..., None], 0.0), lse.masked_fill_(empty, -torch.inf)
+    return p, lse
 
 
 def _shares(lse: Tensor, sink: Optional[Tensor]) -> Pair:
@@ -46,7 +53,7 @@ def _score_gradient(p: Tensor, lse: Tensor, sink: Optional[Tensor], values: Tens
 
 
 class _Gathered:
-    """The selected keys and values of a chunk of queries: k `[n, R, g, K, D]`, v `[n, R, g, K, V]`, valid `[n, R, 1, 1, K]`."""
+    """The selected keys and values of a chunk of queries: k `[n, R, g, K, D]`, v `[n, R, g, K, V]`, valid `[n, R, 1, 1, K]` or None for all."""
 
     def __init__(self, k: Tensor, v: Optional[Tensor], v_channels: int, indices: Tensor) -> None:
         S, G, D = k.shape
@@ -57,13 +64,13 @@ class _Gathered:
         head = torch.arange(G, device=k.device).view(1, R, G // R, 1)
         self.flat = (indices.clamp(min=0)[:, :, None].long() * G + head).flatten()
         shape = n, R, G // R, K
-        self.valid = valid[:, :, None, None]
+        self.valid = None if bool(valid.all()) else valid[:, :, None, None]
         dtype = accumulator(k.dtype)
         self.k = k.reshape(S * G, D).index_select(0, self.flat).view(*shape, D).to(dtype)
         self.v = self.k[..., :v_channels]
         if v is not None:
             self.v = v.reshape(S * G, v_channels).index_select(0, self.flat).view(*shape, v_channels).to(dtype)
-        if not bool(valid.all()):
+        if self.valid is not None:
             hidden = ~valid[:, :, None, :, None]
             self.k = self.k.masked_fill_(hidden, 0.0)
             self.v = self.k[..., :v_channels] if v is None else self.v.masked_fill_(hidden, 0.0)

@@ -19,16 +19,17 @@ def top(scores: Tensor, start: Tensor, end: Tensor, budget: int, keep_first: int
     seen = visible_mask(start, end, low, low + scores.shape[1])
     size = (end - start).clamp(min=0)
     ranked = scores.nan_to_num(nan=-torch.inf)  # infinite scores become the largest finite ones: between NaN and what is kept anyway
-    position = torch.arange(low, low + scores.shape[1], dtype=start.dtype, device=start.device)
-    kept_anyway = (position < start[:, None] + keep_first) | (position >= end[:, None] - keep_recent)
-    ranked.masked_fill_(kept_anyway, torch.inf)
+    if keep_first or keep_recent:
+        position = torch.arange(low, low + scores.shape[1], dtype=start.dtype, device=start.device)
+        ranked.masked_fill_((position < start[:, None] + keep_first) | (position >= end[:, None] - keep_recent), torch.inf)
     ranked.masked_fill_(~seen, -torch.inf)
     threshold = ranked.topk(min(budget, ranked.shape[1]), sorted=True).values[:, -1:]
     above = ranked > threshold
     equal = (ranked == threshold) & seen
     wanted = size.clamp(max=budget)[:, None] - above.sum(1, keepdim=True)
-    recent_first = equal.flip(1).cumsum(1, dtype=torch.int32).flip(1)
-    return above | (equal & (recent_first <= wanted))
+    if bool((equal.sum(1, keepdim=True) > wanted).any()):  # a tie at the threshold
+        equal &= equal.flip(1).cumsum(1, dtype=torch.int32).flip(1) <= wanted
+    return above.logical_or_(equal)
 
 
 def select(
