@@ -1,0 +1,238 @@
+"""The hooks and the attention function of a converted model.
+
+decoder pre-hook: opens a `Forward` (the settings in force) and passes it down among the keyword arguments.
+attention pre-hook: makes the index tensors, keeps index keys in the cache, hands both over.
+attention function: selects, attends, aligns; or calls the attention that the model had before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from skim.huggingface import record
+from skim.huggingface.cache import append_index_keys, holds_index_keys
+from skim.huggingface.masks import PREFIX, is_decided_dense, is_visibility, unpack_visibility
+from skim.huggingface.state import Forward, HandOver, LayerInputs, State, source_of
+from skim.modules import IndexTensors, LightningIndexer
+from skim.ops import align, attend, attend_dense
+from skim.selection import Selection
+
+# What families pass to the attention function that changes nothing in a sparse one: visibility already holds it, or it
+# is bookkeeping. Anything else that isn't None would change the result, so it is refused by name.
+HARMLESS = {
+    "cache_position",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "is_causal",
+    "layer_idx",
+    "logits_to_keep",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "use_cache",
+}
+
+
+def open_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pre-hook of the decoder."""
+    state: State = decoder.skim_state  # type: ignore[assignment]
+    now = decoder.config._attn_implementation  # type: ignore[union-attr]
+    if now != PREFIX + state.original:
+        raise ValueError(
+            f"attn_implementation: expected {PREFIX + state.original!r}, which skim.convert set, got {now!r} since; "
+            "call skim.revert(model) first, or skim.use(model, mode='dense') to read densely"
+        )
+    wanted = kwargs.get("output_attentions")
+    if state.limit is not None and (decoder.config.output_attentions if wanted is None else wanted):  # type: ignore[union-attr]
+        raise ValueError("output_attentions: expected False in sparse attention, which makes no matrix of weights; skim.use(model, mode='dense')")
+    grad = torch.is_grad_enabled()
+    tied = state.recording and grad and _trains(decoder)
+    unaveraged = state.recording and not grad and DistributedDataParallel._active_ddp_module is not None
+    forward = Forward(state.config, state.letters, state.mode, state.selector, state.recording, state.serial, tied, unaveraged)
+    return args, {**kwargs, "skim": forward}
+
+
+def _trains(decoder: nn.Module) -> bool:
+    """Whether anything but the indexers takes gradients in this decoder."""
+    indexers = {id(p) for m in decoder.modules() if isinstance(m, LightningIndexer) for p in m.parameters()}
+    return any(p.requires_grad and id(p) not in indexers for p in decoder.parameters())
+
+
+def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Pre-hook of an attention module."""
+    state: State = module.skim_state  # type: ignore[assignment]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    forward = kwargs.get("skim")
+    if not isinstance(forward, Forward):
+        if state.limit is None:
+            return args, kwargs
+        raise ValueError(f"{type(module).__name__}: its decoder doesn't pass keyword arguments on, so Skim can't reach it; skim.revert(model)")
+    indexer = getattr(module, "indexer", None)
+    cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)  # GPT-NeoX calls it layer_past
+    index = unquantised = None
+    sparse = is_visibility(kwargs.get("attention_mask"))
+    selects = forward.mode == "sparse" or forward.selector is not None
+    keeps_keys = cache is not None and (selects or holds_index_keys(cache, layer))
+    if indexer is not None and (sparse or keeps_keys):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        with torch.set_grad_enabled(forward.recording):
+            index = indexer(hidden.detach(), kwargs["position_embeddings"])
+            unquantised = index.k
+            keys = indexer.cached(index.k)
+        if keeps_keys:
+            keys = append_index_keys(cache, layer, keys.detach())
+        index = IndexTensors(index.q, keys, index.weights)
+    return args, {**kwargs, "skim": HandOver(forward, index, unquantised)}
+
+
+def register(original: str) -> str:
+    """Register the attention function that stands before `original`'s; the name of the implementation."""
+    name = PREFIX + original
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        return _attention(original, module, query, key, value, attention_mask, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    return name
+
+
+def original_attention(original: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function that a module had before."""
+    return sys.modules[type(module).__module__].eager_attention_forward if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
+
+
+def _attention(
+    original: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, skim: HandOver | None = None, **kwargs: Any
+) -> Any:
+    """query `[B, H, T, D]`, key and value `[B, G, S, ·]` as transformers hands them; `(out [B, T, H, V], None)`."""
+    state: State | None = getattr(module, "skim_state", None)
+    if not is_visibility(attention_mask):
+        if state is not None and state.limit is not None and key.shape[2] > state.limit and not is_decided_dense(attention_mask):
+            raise ValueError(
+                f"attention_mask: expected a 2-D mask or none, got {type(attention_mask).__name__} {tuple(attention_mask.shape)}; "
+                "Skim reads intervals of keys and can't tell them from a mask prepared elsewhere"
+            )
+        return original_attention(original, module)(module, query, key, value, attention_mask, **kwargs)
+    if state is None or skim is None:
+        raise ValueError(f"{type(module).__name__}: reads with Skim's visibility but was not converted (cross-attention, say)")
+    scale = kwargs.pop("scaling", None) or query.shape[-1] ** -0.5
+    sink = kwargs.pop("s_aux", None)
+    _refuse(module, kwargs)
+    start, end = unpack_visibility(attention_mask)
+    start = _packed(start, end, kwargs.get("cu_seq_lens_k"))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return _read(module, state, skim, q, k, v, start, end, scale, sink), None
+
+
+def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("dropout", 0.0):
+        raise ValueError(f"attention_dropout: expected 0 in sparse attention, got {type(module).__name__} with dropout in training")
+    if kwargs.get("is_causal") is False:
+        raise ValueError(f"is_causal: expected causal attention, got False from {type(module).__name__}")
+    strange = sorted(name for name, value in kwargs.items() if name not in HARMLESS and value is not None)
+    if strange:
+        raise ValueError(f"{type(module).__name__}: asks for {', '.join(strange)} in its attention, which Skim doesn't support; skim.revert(model)")
+
+
+def _packed(start: Tensor, end: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
+    """start, moved up to the beginning of the packed sequence that a query is part of."""
+    if cu_seq_lens is None:
+        return start
+    if start.shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_k: expected a batch of one packed row, got {start.shape[0]} rows")
+    bounds = cu_seq_lens.to(torch.int32)
+    sequence = torch.searchsorted(bounds, (end - 1).contiguous(), right=True) - 1
+    return torch.maximum(start, bounds[sequence.clamp(min=0)])
+
+
+def _read(
+    module: nn.Module, state: State, skim: HandOver, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float, sink: Tensor | None
+) -> Tensor:
+    """Attention output `[B, T, H, V]` by the rules of this forward pass, tied to its alignment loss while recording."""
+    forward, layer, indexer = skim.forward, int(module.layer_idx), getattr(module, "indexer", None)  # type: ignore[arg-type]
+    config, letter = forward.config, forward.letters.get(layer, "F")
+    index = skim.index
+    if index is not None and index.k.shape[1] > k.shape[1]:  # a sliding cache gives up keys that the index cache still has
+        index = IndexTensors(index.q, index.k[:, -k.shape[1] :], index.weights)
+    options: dict[str, Any] = {"scale": scale, "sink": sink, "workspace_mb": config.workspace_mb}
+    selection = None
+    if letter != "F" and (forward.mode == "sparse" or forward.selector is not None):
+        source = source_of(layer, forward.letters)
+        if source in forward.selections:
+            selection = forward.selections[source]
+        else:
+            if index is not None and index.k.shape[1] < k.shape[1]:
+                raise ValueError(f"past_key_values: expected a transformers Cache, got {index.k.shape[1]} index keys beside {k.shape[1]} keys")
+            select = forward.selector or by_indexer
+            selection = select(LayerInputs(layer, q, k, scale, config, indexer, index), start, end)
+            if selection is not None and "R" in forward.letters.values():
+                forward.selections[source] = selection
+    if selection is None:
+        out, lse = attend_dense(q, k, v, start=start, end=end, **options)
+    else:
+        out, lse = attend(q, k, v, selection, **options)
+    if not forward.recording:
+        return out
+    found = record.recorded(forward.serial)
+    if found is not None and found.keep_selections and selection is not None:
+        found.selections[layer] = selection
+    if indexer is None or letter != "S" or skim.unquantised is None:
+        return out
+    assert index is not None
+    if skim.unquantised.shape[1] != k.shape[1]:
+        raise ValueError("past_key_values: expected a forward pass from the first token inside skim.record, got one that continues a cache")
+    with torch.enable_grad():
+        loss = align(
+            q,
+            k,
+            index.q,
+            skim.unquantised,
+            index.weights,
+            start=start,
+            end=end,
+            selection=selection,
+            lse=lse,
+            scale=scale,
+            workspace_mb=config.workspace_mb,
+        )
+    skim.unquantised = None  # some attentions are called twice in a layer (DiffLlama); it is aligned once
+    if not forward.tied:
+        record.prepay(forward.serial, layer, loss, indexer, forward.unaveraged)
+    elif torch.is_grad_enabled():
+        return record.tie_alignment(out, loss, layer, forward.serial)
+    else:  # the first pass of a reentrant checkpoint
+        record.note(forward.serial, layer, loss)
+    return out
+
+
+def by_indexer(inputs: LayerInputs, start: Tensor, end: Tensor) -> Selection:
+    """The selector of a trained model: its own indexer."""
+    indexer, index, config = inputs.indexer, inputs.index, inputs.config
+    if not isinstance(indexer, LightningIndexer) or index is None:
+        raise ValueError(f"pattern: layer {inputs.layer} is to select but has no indexer")
+    return indexer.select(
+        index.q,
+        index.k,
+        index.weights,
+        config.budget,
+        start=start,
+        end=end,
+        keep_first=config.keep_first,
+        keep_recent=config.keep_recent,
+        workspace_mb=config.workspace_mb,
+    )

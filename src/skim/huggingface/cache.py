@@ -1,0 +1,110 @@
+"""Index keys in Hugging Face caches: a cache layer is upgraded in place to a twin that holds them beside keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache as remember
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
+
+
+@remember
+def _twin(layer_class: Any) -> Any:
+    """The class of `layer_class`'s twin, whose index keys `[B, S, C]` follow everything done to the layer's keys.
+
+    A plain subclass: an instance can only change to a class of the same layout.
+    """
+    static = issubclass(layer_class, StaticLayer)
+
+    class Indexed(layer_class):  # type: ignore[misc]
+        index_keys: Tensor | None = None
+
+        def append_index_keys(self, new: Tensor) -> Tensor:
+            if static:
+                return self._write_index_keys(new)
+            self.index_keys = new if self.index_keys is None else torch.cat((self.index_keys.to(new.device), new), dim=1)
+            return self.index_keys
+
+        def _write_index_keys(self, new: Tensor) -> Tensor:
+            if self.index_keys is None:
+                self.index_keys = new.new_zeros(new.shape[0], self.max_cache_len, new.shape[2])
+                if not torch.compiler.is_compiling():
+                    torch._dynamo.mark_static_address(self.index_keys)
+            position = torch.arange(new.shape[1], device=new.device) + self.cumulative_length.to(new.device)
+            self.index_keys.index_copy_(1, position, new)
+            return self.index_keys
+
+        def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+            if self.index_keys is not None:
+                self.index_keys = change(self.index_keys)
+
+        def offload(self) -> None:
+            super().offload()
+            self._change(lambda keys: keys.to("cpu", non_blocking=True))
+
+        def prefetch(self) -> None:
+            super().prefetch()
+            self._change(lambda keys: keys.to(self.device, non_blocking=True))
+
+        def reset(self) -> None:
+            super().reset()
+            self._change(Tensor.zero_)
+            if not static:
+                self.index_keys = None
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            self._change(lambda keys: keys.index_select(0, beam_idx.to(keys.device)))
+
+        def crop(self, tokens_to_remove: int) -> None:
+            # A negative number is how many to drop; transformers before 5.18 also took the length to keep.
+            super().crop(tokens_to_remove)
+            if tokens_to_remove != 0:
+                self._change(lambda keys: keys[:, :tokens_to_remove])
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            self._change(lambda keys: keys.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            self._change(lambda keys: keys[indices])
+
+    Indexed.__name__ = Indexed.__qualname__ = f"Indexed{layer_class.__name__}"
+    return Indexed
+
+
+def holds_index_keys(cache: Cache, layer: int) -> bool:
+    return layer < len(cache.layers) and hasattr(cache.layers[layer], "index_keys")
+
+
+def append_index_keys(cache: Cache, layer: int, new: Tensor) -> Tensor:
+    """Append a layer's new index keys `[B, T, C]` before its own update; everything held, `[B, S, C]`.
+
+    Raises:
+        ValueError: the cache already holds tokens whose index keys were never made, or is of a kind that can't hold any.
+    """
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}")
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= layer:
+            cache.layers.append(cache.layer_class_to_replicate())
+    target = cache.layers[layer]
+    if not holds_index_keys(cache, layer):
+        if not isinstance(target, CacheLayerMixin) or isinstance(target, StaticSlidingWindowLayer):
+            raise ValueError(f"past_key_values: {type(target).__name__} can't hold index keys; use a dynamic cache")
+        if target.is_initialized and int(target.get_seq_length()) > 0:
+            raise ValueError(
+                f"past_key_values: layer {layer} holds {int(target.get_seq_length())} tokens without index keys "
+                "(a cache that was filled in dense mode or before skim.convert); fill it again in sparse mode"
+            )
+        target.__class__ = _twin(type(target))  # type: ignore[assignment, arg-type]
+    held = target.index_keys  # type: ignore[attr-defined]
+    if held is not None and (held.dtype == torch.uint8) != (new.dtype == torch.uint8):
+        raise ValueError(f"past_key_values: layer {layer} holds index keys of another score_dtype; fill the cache again")
+    if cache.offloading:  # Cache.update waits for its copies later than this
+        torch.cuda.current_stream(new.device).wait_stream(cache.prefetch_stream)
+    return target.append_index_keys(new)  # type: ignore[attr-defined]

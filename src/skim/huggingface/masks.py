@@ -1,0 +1,120 @@
+"""Visibility in Hugging Face models: start and end of each query's keys, made once per forward where masks are made.
+
+The mask of a sparse forward is an int32 tensor `[B, 1, T, 2]`: start and end. It has four axes so that transformers
+passes it through as a mask that is already prepared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+PREFIX = "skim_"
+
+
+def is_visibility(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[-1] == 2
+
+
+def unpack_visibility(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """start, end `[B, T]`."""
+    return mask[:, 0, :, 0], mask[:, 0, :, 1]
+
+
+def is_decided_dense(mask: Any) -> bool:
+    """Whether a mask came from the model's own mask function because every row keeps all its keys."""
+    return mask is None or getattr(mask, "skim_dense", False)
+
+
+def register(original: str) -> str:
+    """Register the mask function that stands before `original`'s; the name of the implementation."""
+    name = PREFIX + original
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask_function(original))
+    return name
+
+
+def _mask_function(original: str) -> Callable[..., Any]:
+    def mask(**arguments: Any) -> Any:
+        config, limit = arguments["config"], arguments["config"].skim_limit
+        dense = ALL_MASK_ATTENTION_FUNCTIONS[original]
+        if limit is None or (isinstance(arguments["kv_length"], int) and arguments["kv_length"] <= limit):
+            return _dense(dense, arguments)
+        visibility = _visibility(getattr(config, "model_type", "this model"), **arguments)
+        if limit > 0 and not torch.compiler.is_compiling():
+            start, end = unpack_visibility(visibility)
+            if int((end - start).max()) <= limit:
+                return _dense(dense, arguments)
+        return visibility
+
+    return mask
+
+
+def _dense(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    mask = function(**arguments)
+    if isinstance(mask, Tensor):
+        mask = mask.contiguous()  # generate() would copy it otherwise, and the mark would be lost
+        mask.skim_dense = True  # type: ignore[attr-defined]
+    return mask
+
+
+def _visibility(
+    family: str,
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None,
+    use_vmap: bool,
+    device: torch.device,
+    **_: Any,
+) -> Tensor:
+    """The interval of keys that each query sees, `[B, 1, T, 2]`, from transformers' index-based mask function.
+
+    Raises:
+        ValueError: the mask is no interval that ends at the query: an extra mask of the family, keys behind the query,
+            a 2-D mask with holes.
+    """
+    if use_vmap:
+        raise ValueError(f"attention_mask: {family} adds a mask of its own to the causal one, which Skim can't read as an interval of keys")
+    row = torch.arange(batch_size, device=device)[:, None]
+    head = torch.zeros_like(row)
+    query = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)
+    first_key, last_key = kv_offset, kv_offset + kv_length - 1
+
+    def sees(key: Tensor) -> Tensor:
+        return mask_function(row, head, query, key.clamp(first_key, last_key)).expand_as(query)
+
+    eager = not torch.compiler.is_compiling()
+    if eager and bool((sees(query + 1) & (query < last_key)).any()):
+        raise ValueError(f"attention_mask: {family} lets a token read later ones (a bidirectional prefix, say), which Skim can't express")
+
+    # What a query sees ends at itself, so its first key is found by halving: everything from there on is visible.
+    low, high = torch.full_like(query, -1) + first_key, query
+    for _step in range(int(kv_length).bit_length()):
+        middle = (low + high) // 2
+        visible = sees(middle) & (middle > low)
+        low, high = torch.where(visible, low, middle), torch.where(visible, middle, high)
+    start, end = high, query + 1
+    if attention_mask is not None:
+        first, last = _padding(attention_mask.bool(), eager)
+        start, end = torch.maximum(start, first[:, None]), torch.minimum(end, last[:, None])
+    start, end = (start - kv_offset).clamp(min=0), (end - kv_offset).clamp(min=0)
+    return torch.stack((torch.minimum(start, end), end), dim=-1).to(torch.int32)[:, None]
+
+
+def _padding(mask: Tensor, eager: bool) -> tuple[Tensor, Tensor]:
+    """First visible token and the one behind the last, `[B]` each, of a 2-D mask `[B, n]`."""
+    length = mask.sum(-1)
+    first = mask.to(torch.int8).argmax(-1)
+    last = mask.shape[1] - mask.flip(1).to(torch.int8).argmax(-1)
+    if eager and bool(((length > 0) & (last - first != length)).any()):
+        raise ValueError("attention_mask: expected no hidden token between visible ones (padding on the left or right only), got holes")
+    return first, torch.where(length > 0, last, first)

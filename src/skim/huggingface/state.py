@@ -1,0 +1,130 @@
+"""What a converted model carries: one State, shared by its decoder and its attention modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from skim.config import Config
+from skim.modules import IndexTensors, LightningIndexer
+from skim.selection import Selection
+
+MODES = ("dense", "sparse")
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a selector sees of an attention layer.
+
+    Attributes:
+        layer: the layer's number in the model.
+        q, k: `[B, T, H, D]` queries and `[B, S, G, D]` keys, rotated, from the cache where there is one.
+        scale: factor of the attention's scores.
+        config: the Config in force.
+        indexer: the layer's own indexer, if it has one.
+        index: index queries, cached index keys and head weights, if it has one.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    scale: float
+    config: Config
+    indexer: LightningIndexer | None
+    index: IndexTensors | None
+
+
+Selector = Callable[[LayerInputs, Tensor, Tensor], "Selection | None"]
+"""`(inputs, start, end) -> Selection`; None reads every visible key."""
+
+
+@dataclass
+class State:
+    """How a converted model reads at present. Changed by `skim.use`, `skim.record` and `skim.load`."""
+
+    config: Config
+    letters: dict[int, str]  # attention layer -> F, S or R
+    original: str  # the attention implementation that the model had
+    mode: str = "dense"
+    selector: Selector | None = None
+    recording: bool = False
+    serial: int = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        """A copied model has its own settings, and a serial number of its own as soon as it records."""
+        return replace(self, recording=False, serial=0)
+
+    @property
+    def limit(self) -> int | None:
+        """Rows that see more keys than this are read by Skim's attention; None: no row is."""
+        if self.recording or self.selector is not None:
+            return 0
+        return self.config.budget if self.mode == "sparse" else None
+
+
+@dataclass
+class Forward:
+    """One forward pass: the settings in force when it began, so that a checkpointed layer run again in the backward
+    pass does the same, and the selections that later layers reuse.
+
+    `tied`: the base model takes gradients too, so a layer's alignment loss is tied to its output; otherwise the
+    indexer's gradients are made at once. `unaveraged`: DistributedDataParallel doesn't know of a backward pass to come.
+    """
+
+    config: Config
+    letters: dict[int, str]
+    mode: str
+    selector: Selector | None
+    recording: bool
+    serial: int
+    tied: bool
+    unaveraged: bool
+    selections: dict[int, Selection] = field(default_factory=dict)
+
+
+@dataclass
+class HandOver:
+    """What the pre-hook of an attention module hands to the attention function inside it.
+
+    `unquantised`: the new index keys before FP8, which the alignment loss is made of; None once it is made.
+    """
+
+    forward: Forward
+    index: IndexTensors | None
+    unquantised: Tensor | None
+
+
+def source_of(layer: int, letters: dict[int, str]) -> int:
+    """The layer whose selection `layer` reads: itself, or for an R layer the last S layer before it."""
+    return max(i for i, letter in letters.items() if i <= layer and letter == "S") if letters[layer] == "R" else layer
+
+
+def state_of(model: nn.Module) -> State:
+    """The State of a converted model.
+
+    Raises:
+        ValueError: the model was not converted.
+    """
+    for module in model.modules():
+        state = getattr(module, "skim_state", None)
+        if state is not None:
+            return state
+    raise ValueError("model: expected a model after skim.convert, got one that was not converted")
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The module of a converted model that runs the layers and makes their masks."""
+    return next(m for m in model.modules() if getattr(m, "skim_decoder", False))
+
+
+def converted_layers(model: nn.Module) -> dict[int, Any]:
+    """The attention modules of a converted model by layer number."""
+    return {int(m.layer_idx): m for m in model.modules() if hasattr(m, "skim_state") and not getattr(m, "skim_decoder", False)}  # type: ignore[arg-type]
+
+
+def publish(model: nn.Module) -> None:
+    """Tell the mask function, which sees nothing but the model's config, what is in force."""
+    decoder_of(model).config.skim_limit = state_of(model).limit
