@@ -10,10 +10,14 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent))  # helpers that several folders of tests share
 torch.set_num_threads(THREADS)
 
 # A first example compiles or warms up, so time says nothing; in CI the same examples run every time.

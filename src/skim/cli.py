@@ -265,10 +265,10 @@ def _write_json(file: str | None, value: Any) -> None:
         sys.stdout.write(text)
         return
     path = Path(file)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
-        temporary.write(text)
-    os.chmod(temporary.name, 0o644)
-    os.replace(temporary.name, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as temporary:
+        written = Path(temporary) / path.name
+        written.write_text(text)
+        os.replace(written, path)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ def head_mean(inputs: LayerInputs, b: int, rows: slice, start: Tensor, end: Tens
     """The model's own attention of some queries of row b, averaged over the heads: `[n, S]` float32."""
     S = inputs.k.shape[1]
     low, high = bounds(start[b, rows], end[b, rows], S)
+    if low == high:
+        return inputs.q.new_zeros(start[b, rows].shape[0], S, dtype=torch.float32)
     mask = visible_mask(start[b, rows], end[b, rows], low, high)
     p = _mean_softmax(inputs.q[b, rows], dense_keys(inputs.k[b], low, high), mask, inputs.scale)
     return torch.nn.functional.pad(p, (low, S - high))
@@ -93,7 +95,9 @@ def blocks(budget: int, block: int = BLOCK) -> Selector:
         def score(inputs: LayerInputs, b: int, rows: slice, first: Tensor, last: Tensor) -> Tensor:
             mask = visible_mask(first[b, rows], last[b, rows], 0, count)
             worth = _mean_softmax(inputs.q[b, rows], dense_keys(pooled[b], 0, count), mask, inputs.scale)
-            return worth.scatter_(1, first[b, rows, None].long(), torch.inf).scatter_(1, (last[b, rows, None] - 1).clamp(min=0).long(), torch.inf)
+            for always in (first, last - 1):  # of a row that sees nothing, none is kept whatever its worth
+                worth.scatter_(1, always[b, rows, None].clamp(0, count - 1).long(), torch.inf)
+            return worth
 
         chosen = _ranked(score, max(1, budget // block))(inputs, first, last).indices[:, :, 0]
         keys = (chosen[..., None] * block + torch.arange(block, dtype=torch.int32, device=start.device)).flatten(2)

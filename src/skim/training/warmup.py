@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skim.huggingface import record, use
-from skim.huggingface.state import converted_layers
+from skim.huggingface.state import converted_layers, state_of
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,15 @@ def warmup(model: Any, windows: Sequence[Any], recipe: Warmup | None = None, rep
         The loss of each step.
 
     Raises:
-        ValueError: the model was not converted or no window is given.
+        ValueError: the model was not converted, has no layer with an indexer, or no window is given.
     """
     if len(windows) == 0:
         raise ValueError("windows: expected at least one window of tokens, got none")
     recipe = recipe or Warmup()
+    state_of(model)
     indexers = [layer.indexer for layer in converted_layers(model).values() if hasattr(layer, "indexer")]
+    if not indexers:
+        raise ValueError("model: expected at least one layer with an indexer (pattern letter 'S'), got none")
     torch.manual_seed(recipe.seed)
     dtype, trainable = indexers[0].wk.weight.dtype, {name: p.requires_grad for name, p in model.named_parameters()}
     training = model.training

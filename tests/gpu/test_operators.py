@@ -1,0 +1,87 @@
+"""The operators on a GPU: equal to the CPU's, forward and backward, and within their workspace."""
+
+import pytest
+import torch
+
+import skim
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def index_tensors(T: int, J: int = 4, E: int = 64) -> tuple[torch.Tensor, ...]:
+    return torch.randn(2, T, J, E), torch.randn(2, T, E), torch.randn(2, T, J)
+
+
+def test_selections_equal_the_cpus_except_within_rounding_of_the_threshold():
+    q, k, w = index_tensors(700)
+    here, there = skim.select(q, k, w, 64), skim.select(q.cuda(), k.cuda(), w.cuda(), 64)
+    different = (here.indices != there.indices.cpu()).any(-1)
+    assert float(different.float().mean()) < 0.01
+    assert torch.equal(here.counts, there.counts.cpu())
+
+
+def test_a_selection_does_not_depend_on_chunks():
+    q, k, w = (x.cuda() for x in index_tensors(1500))
+    whole = skim.select(q, k, w, 64)
+    start, end = skim.visible(1500, 500, offset=1000)
+    part = skim.select(q[:, 1000:], k, w[:, 1000:], 64, start=start.cuda().expand(2, -1), end=end.cuda().expand(2, -1), workspace_mb=64)
+    assert torch.equal(part.indices, whole.indices[:, 1000:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dense", (False, True))
+def test_attention_and_its_gradients_equal_float64(dtype, dense):
+    T, budget = 300, 40
+    selection = skim.select(*index_tensors(T), budget)
+    on_gpu = skim.Selection(selection.indices.cuda(), selection.counts.cuda())
+    inputs = [torch.randn(2, T, heads, 64).to(dtype) for heads in (9, 3, 3)]
+    results = []
+    for device, precise in (("cpu", True), ("cuda", False)):
+        leaves = [x.to(device, torch.float64 if precise else dtype).requires_grad_() for x in inputs]
+        out, lse = skim.attend_dense(*leaves) if dense else skim.attend(*leaves, selection if precise else on_gpu)
+        (out.double().square().sum() + lse.double().sum()).backward()
+        results.append([out, lse, *(x.grad for x in leaves)])
+    for wanted, found in zip(*results):
+        assert error(found, wanted) < DTYPES[dtype]
+
+
+def test_deterministic_algorithms_repeat_bit_for_bit():
+    q, k, v = (torch.randn(1, 400, heads, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
+    selection = skim.select(*(x[:1].cuda() for x in index_tensors(400)), 32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [torch.autograd.grad(skim.attend(q, k, v, selection)[0].square().sum(), (q, k, v)) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
+
+
+def test_alignment_equals_the_cpus():
+    q, k = torch.randn(2, 300, 9, 64), torch.randn(2, 300, 3, 64)
+    index, results = index_tensors(300), []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device).requires_grad_() for x in index]
+        loss = skim.align(q.to(device), k.to(device), *leaves)
+        loss.backward()
+        results.append([loss, *(x.grad for x in leaves)])
+    for wanted, found in zip(*results):
+        assert error(found, wanted) < 1e-5
+
+
+def test_memory_is_bounded_by_the_workspace():
+    T = 16384
+    q, k, w = torch.randn(1, T, 4, 64, device="cuda"), torch.randn(1, T, 64, device="cuda"), torch.randn(1, T, 4, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    selection = skim.select(q, k, w, 256, workspace_mb=256)
+    held = torch.cuda.memory_allocated() - before
+    assert held <= T * 257 * 4 + (1 << 20)
+    assert torch.cuda.max_memory_allocated() - before < held + (2 * 256 << 20)  # T x T scores alone would be 1 GiB
+    assert selection.counts.max() == 256
