@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import platform
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -80,6 +81,12 @@ def measure(
     return rows
 
 
+def commit() -> str | None:
+    """The checkout's commit, or None outside one."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -126,6 +133,7 @@ def main() -> None:
     if args.json:
         result = {
             "command": "python benchmarks/train_smollm2.py " + " ".join(sys.argv[1:]),
+            "commit": commit(),
             "device": torch.cuda.get_device_name(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "skim": skim.__version__},
             "split": args.split,

@@ -63,7 +63,8 @@ def open_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     grad = torch.is_grad_enabled()
     tied = state.recording and grad and _trains(decoder)
     unaveraged = state.recording and not grad and DistributedDataParallel._active_ddp_module is not None
-    forward = Forward(state.config, state.letters, state.mode, state.selector, state.recording, state.serial, tied, unaveraged)
+    settings = state.config, state.letters, state.mode, state.selector, state.recording, state.keeping, state.serial
+    forward = Forward(*settings, tied, unaveraged)
     return args, {**kwargs, "skim": forward}
 
 
@@ -188,9 +189,8 @@ def _read(
         out, lse = attend(q, k, v, selection, **options)
     if not forward.recording:
         return out
-    found = record.recorded(forward.serial)
-    if found is not None and found.keep_selections and selection is not None:
-        found.selections[layer] = selection
+    if forward.keeping and selection is not None:
+        record.keep(forward.serial, layer, selection)
     if indexer is None or letter != "S" or skim.unquantised is None:
         return out
     assert index is not None

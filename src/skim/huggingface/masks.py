@@ -98,7 +98,8 @@ def _visibility(
 
     # What a query sees ends at itself, so its first key is found by halving: everything from there on is visible.
     low, high = torch.full_like(query, -1) + first_key, query
-    for _step in range(int(kv_length).bit_length()):
+    # A compiled graph takes as many steps as any length needs, so that it serves them all.
+    for _step in range(kv_length.bit_length() if eager else 31):
         middle = (low + high) // 2
         visible = sees(middle) & (middle > low)
         low, high = torch.where(visible, low, middle), torch.where(visible, middle, high)

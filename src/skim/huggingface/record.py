@@ -30,10 +30,9 @@ class Record:
         selections: layer -> the Selection it read, if they were asked for.
     """
 
-    def __init__(self, keep_selections: bool = False) -> None:
+    def __init__(self) -> None:
         self.alignments: dict[int, Tensor] = {}
         self.selections: dict[int, Selection] = {}
-        self.keep_selections = keep_selections
         self._prepaid: dict[int, Tensor] = {}
         self._tied = False
 
@@ -65,27 +64,27 @@ class record:
 
     Args:
         model: a converted model.
-        selections: also keep each layer's Selection in `r.selections`.
+        selections: also keep each layer's Selection in `r.selections` (torch.compile breaks its graph there).
 
     Raises:
         ValueError: the model was not converted.
     """
 
     def __init__(self, model: nn.Module, *, selections: bool = False) -> None:
-        self.model, self.state = model, state_of(model)
-        self.record = Record(selections)
+        self.model, self.state, self.keeping = model, state_of(model), selections
+        self.record = Record()
 
     def __enter__(self) -> Record:
         _coefficient[0], _awaited[0] = None, False  # what a backward pass that failed has left
         self.state.serial = self.state.serial or next(_serials)
-        self.before = self.state.recording, recorded(self.state.serial)
+        self.before = self.state.recording, self.state.keeping, recorded(self.state.serial)
         _records[self.state.serial] = self.record
-        self.state.recording = True
+        self.state.recording, self.state.keeping = True, self.keeping
         publish(self.model)
         return self.record
 
     def __exit__(self, *_: object) -> None:
-        self.state.recording, outer = self.before
+        self.state.recording, self.state.keeping, outer = self.before
         if self.state.recording and outer is not None:
             _records[self.state.serial] = outer
         publish(self.model)
@@ -165,6 +164,13 @@ def note(serial: int, layer: int, loss: Tensor, tied: bool = True) -> None:
         found.alignments[layer] = loss.detach().float().clone()
         found._prepaid.pop(layer, None)
         found._tied = tied
+
+
+def keep(serial: int, layer: int, selection: Selection) -> None:
+    """Keep the selection that a layer read."""
+    found = recorded(serial)
+    if found is not None:
+        found.selections[layer] = selection
 
 
 class _Prepaid(torch.autograd.Function):

@@ -51,11 +51,12 @@ class State:
     mode: str = "dense"
     selector: Selector | None = None
     recording: bool = False
+    keeping: bool = False  # the record asks for selections too
     serial: int = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """A copied model has its own settings, and a serial number of its own as soon as it records."""
-        return replace(self, recording=False, serial=0)
+        return replace(self, recording=False, keeping=False, serial=0)
 
     @property
     def limit(self) -> int | None:
@@ -79,6 +80,7 @@ class Forward:
     mode: str
     selector: Selector | None
     recording: bool
+    keeping: bool
     serial: int
     tied: bool
     unaveraged: bool
