@@ -15,8 +15,8 @@ class Config:
         budget: K, the keys that each query reads.
         index_n_heads: J, the indexer's heads.
         index_head_dim: E, channels of an index head.
-        rope_dim: rotated channels, the first of `index_head_dim`; None is half of them, or what the model rotates if
-            that is less.
+        rope_dim: rotated channels, the first of `index_head_dim`; None is half of them, or
+            the next number below that divides what the model rotates.
         rope_layout: "half" rotates channel i with channel i + rope_dim / 2 (DeepSeek-V3.2), "interleaved" 2i with
             2i + 1 (GLM-5).
         pattern: one letter an attention layer, repeated: "S" selects with its own indexer, "F" reads everything, "R"

@@ -67,7 +67,7 @@ def test_alignment_equals_the_cpus():
     q, k = torch.randn(2, 300, 9, 64), torch.randn(2, 300, 3, 64)
     index, results = index_tensors(300), []
     for device in ("cpu", "cuda"):
-        leaves = [x.to(device).requires_grad_() for x in index]
+        leaves = [x.to(device, copy=True).requires_grad_() for x in index]
         loss = skim.align(q.to(device), k.to(device), *leaves)
         loss.backward()
         results.append([loss, *(x.grad for x in leaves)])

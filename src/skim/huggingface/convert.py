@@ -52,10 +52,11 @@ def attach(model: nn.Module, config: Config) -> None:
         raise ValueError("model: expected one that was not converted, got a converted one; skim.revert(model) first")
     decoder, layers = _decoder(model), _attention_layers(model)
     letters = _letters(config, layers)
-    config = replace(config, pattern=tuple(letters.values()))
+    indexers = {number: _indexer(layers[number], decoder, config) for number, letter in letters.items() if letter == "S"}
+    rope_dim = next((indexer.rope_dim for indexer in indexers.values()), config.rope_dim)
+    config = replace(config, pattern=tuple(letters.values()), rope_dim=rope_dim)
     original = decoder.config._attn_implementation
     state = State(config, letters, original)
-    indexers = {number: _indexer(layers[number], decoder, config) for number, letter in letters.items() if letter == "S"}
     for number, layer in layers.items():
         layer.skim_state = state
         if number in indexers:
@@ -249,7 +250,8 @@ def _indexer(layer: Any, decoder: Any, config: Config) -> LightningIndexer:
     projection = next(p for p in layer.parameters() if p.dim() == 2 and p.is_floating_point())
     table = _table(layer, decoder)
     rotated = table.shape[-1]
-    rope_dim = config.rope_dim or min(rotated, config.index_head_dim // 2)
+    most = min(rotated, config.index_head_dim // 2)
+    rope_dim = config.rope_dim or next(n for n in range(most - most % 2, 0, -2) if rotated % n == 0)
     if rotated % rope_dim:
         raise ValueError(f"rope_dim: expected a divisor of the {rotated} channels that the model rotates, got {rope_dim}")
     indexer = LightningIndexer(

@@ -43,7 +43,7 @@ def load_model(name: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloa
         try:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(name)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a folder with something else in it
             expected = f"expected {', '.join(map(repr, SHIPPED))}, a Hugging Face folder, a hub id or a .gguf file"
             raise ValueError(f"name: {expected}, got {str(name)!r}: {str(error).splitlines()[0]}") from error
     return model.to(device).eval(), tokenizer

@@ -10,6 +10,7 @@ import torch
 
 OPERATORS = ("score", "select", "attend", "align", "codec")
 IMPLEMENTATIONS = ("reference",)
+TAGS = (torch.Tag.cudagraph_unsafe,)  # the reference looks at its data on the host, so torch.compile must not capture it
 
 
 def implementation(operator: str, impl: str, device: torch.device) -> ModuleType:

@@ -14,7 +14,7 @@ from skim.ops.checks import (
     expect_shape,
     expect_tensor,
 )
-from skim.ops.dispatch import run
+from skim.ops.dispatch import TAGS, run
 from skim.ops.workspace import accumulator, workspace
 from skim.selection import Selection
 
@@ -88,7 +88,7 @@ def align(
     return loss
 
 
-@torch.library.custom_op("skim::align", mutates_args=())
+@torch.library.custom_op("skim::align", mutates_args=(), tags=TAGS)
 def _align(
     q: Tensor,
     k: Tensor,

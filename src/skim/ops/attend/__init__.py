@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skim.ops.checks import expect_attention_inputs, expect_device, expect_interval, expect_selection, expect_shape, expect_sink, expect_tensor
-from skim.ops.dispatch import run
+from skim.ops.dispatch import TAGS, run
 from skim.ops.workspace import accumulator, workspace
 from skim.selection import Selection
 
@@ -121,7 +121,7 @@ def _fake_backward(q: Tensor, k: Tensor, v: Optional[Tensor], sink: Optional[Ten
     return torch.empty_like(q), k.new_empty(k.shape), dv, q.new_empty(0, dtype=accumulator(q.dtype)) if sink is None else torch.empty_like(sink)
 
 
-@torch.library.custom_op("skim::attend", mutates_args=())
+@torch.library.custom_op("skim::attend", mutates_args=(), tags=TAGS)
 def _attend(
     q: Tensor, k: Tensor, v: Optional[Tensor], indices: Tensor, sink: Optional[Tensor], v_channels: int, scale: float, workspace_mb: int, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def _(q, k, v, indices, sink, v_channels, scale, workspace_mb, impl):  # type: i
     return _fake_attend(q, v_channels)
 
 
-@torch.library.custom_op("skim::attend_backward", mutates_args=())
+@torch.library.custom_op("skim::attend_backward", mutates_args=(), tags=TAGS)
 def _attend_backward(
     grad: Tensor,
     dlse: Tensor,
@@ -156,7 +156,7 @@ def _(grad, dlse, q, k, v, indices, sink, out, v_channels, scale, workspace_mb, 
     return _fake_backward(q, k, v, sink)
 
 
-@torch.library.custom_op("skim::attend_dense", mutates_args=())
+@torch.library.custom_op("skim::attend_dense", mutates_args=(), tags=TAGS)
 def _attend_dense(
     q: Tensor,
     k: Tensor,
@@ -177,7 +177,7 @@ def _(q, k, v, start, end, sink, v_channels, scale, workspace_mb, impl):  # type
     return _fake_attend(q, v_channels)
 
 
-@torch.library.custom_op("skim::attend_dense_backward", mutates_args=())
+@torch.library.custom_op("skim::attend_dense_backward", mutates_args=(), tags=TAGS)
 def _attend_dense_backward(
     grad: Tensor,
     dlse: Tensor,
