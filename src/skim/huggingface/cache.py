@@ -96,6 +96,8 @@ def append_index_keys(cache: Cache, layer: int, new: Tensor) -> Tensor:
     if not holds_index_keys(cache, layer):
         if not isinstance(target, CacheLayerMixin) or isinstance(target, StaticSlidingWindowLayer):
             raise ValueError(f"past_key_values: {type(target).__name__} can't hold index keys; use a dynamic cache")
+        if cache.offloading and isinstance(target, StaticLayer):  # torch.compile dies over our wait for its copies
+            raise ValueError("past_key_values: an offloaded static cache can't hold index keys; use cache_implementation='offloaded'")
         if target.is_initialized and int(target.get_seq_length()) > 0:
             raise ValueError(
                 f"past_key_values: layer {layer} holds {int(target.get_seq_length())} tokens without index keys "
