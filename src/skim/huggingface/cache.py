@@ -52,7 +52,7 @@ def _twin(layer_class: Any) -> Any:
         def reset(self) -> None:
             super().reset()
             self._change(Tensor.zero_)
-            if not static:
+            if self.keys is None:  # transformers before 5.18 keeps them, zeroed
                 self.index_keys = None
 
         def reorder_cache(self, beam_idx: Tensor) -> None:

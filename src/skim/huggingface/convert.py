@@ -50,7 +50,8 @@ def attach(model: nn.Module, config: Config) -> None:
     """`convert` without its warning."""
     if any(hasattr(m, "skim_state") for m in model.modules()):
         raise ValueError("model: expected one that was not converted, got a converted one; skim.revert(model) first")
-    decoder, layers = _decoder(model), _attention_layers(model)
+    decoder = _decoder(model)
+    layers = _attention_layers(decoder)
     letters = _letters(config, layers)
     indexers = {number: _indexer(layers[number], decoder, config) for number, letter in letters.items() if letter == "S"}
     rope_dim = next((indexer.rope_dim for indexer in indexers.values()), config.rope_dim)
@@ -182,14 +183,14 @@ def _runs_layers(model: Any) -> Any:
     return next((m for m in candidates if hasattr(m, "layers") or hasattr(m, "h")), candidates[1])
 
 
-def _attention_layers(model: nn.Module) -> dict[int, Any]:
+def _attention_layers(decoder: Any) -> dict[int, Any]:
     """The attention modules by layer number: the innermost modules that take a layer's input and position embeddings.
 
     Raises:
         ValueError: the family has none that Skim can stand in for; by name.
     """
-    family = _family(model)
-    speaking = [m for m in model.modules() if _speaks(m)]
+    family = _family(decoder)
+    speaking = [m for m in decoder.modules() if _speaks(m)]
     inner = [m for m in speaking if not any(child is not m and _speaks(child) for child in m.modules())]
     if not inner:
         raise ValueError(f"model: {family} hands its attention layers no rotary position embeddings, which an indexer needs")

@@ -58,7 +58,8 @@ def _dense(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     mask = function(**arguments)
     if isinstance(mask, Tensor):
         mask = mask.contiguous()  # generate() would copy it otherwise, and the mark would be lost
-        mask.skim_dense = True  # type: ignore[attr-defined]
+    if mask is not None:
+        mask.skim_dense = True  # on flex attention's BlockMask too
     return mask
 
 

@@ -10,7 +10,8 @@ import torch
 
 OPERATORS = ("score", "select", "attend", "align", "codec")
 IMPLEMENTATIONS = ("reference",)
-TAGS = (torch.Tag.cudagraph_unsafe,)  # the reference looks at its data on the host, so torch.compile must not capture it
+# The reference looks at its data on the host, so torch.compile must not put it into a CUDA graph (tag since torch 2.9).
+TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 
 def implementation(operator: str, impl: str, device: torch.device) -> ModuleType:
