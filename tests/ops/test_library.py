@@ -64,7 +64,8 @@ def test_opcheck(name):
 
 
 def test_every_operator_of_the_library_is_checked():
-    assert {name.split("/")[0] for name in CALLS} == {name for name in dir(torch.ops.skim) if not name.startswith("_") and name != "name"}
+    elsewhere = {"name", "tie_alignment", "alignment_coefficient"}  # the last two are huggingface's: tests/huggingface/test_record.py
+    assert {name.split("/")[0] for name in CALLS} == {name for name in dir(torch.ops.skim) if not name.startswith("_")} - elsewhere
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
