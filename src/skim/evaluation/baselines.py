@@ -109,20 +109,14 @@ def blocks(budget: int, block: int = BLOCK) -> Selector:
 
 
 def random(budget: int, seed: int = 0) -> Selector:
-    """The token itself and others by lot, anew in each layer: one of each of `budget` equal stretches of what is visible."""
+    """The token itself and others by lot, anew in each layer."""
 
-    def select(inputs: LayerInputs, start: Tensor, end: Tensor) -> Selection:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + inputs.layer)
-        lot = torch.rand(*start.shape, budget, generator=generator).to(start.device)
-        size = (end - start).long()[..., None]
-        stretches = size.clamp(max=budget)
-        slot = torch.arange(budget, device=start.device)
-        low, high = slot * size // stretches.clamp(min=1), (slot + 1) * size // stretches.clamp(min=1)
-        indices = start[..., None] + low + (lot * (high - low)).long()
-        indices = torch.where(slot == stretches - 1, end[..., None] - 1, indices).masked_fill(slot >= stretches, -1)
-        return Selection(indices.to(torch.int32)[:, :, None], stretches.to(torch.int32))
+    def score(inputs: LayerInputs, b: int, rows: slice, start: Tensor, end: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(hash((seed, inputs.layer, b, rows.start)) & 0xFFFFFFFF)
+        lot = torch.rand(rows.stop - rows.start, inputs.k.shape[1], generator=generator).to(inputs.q.device)
+        return lot.scatter_(1, (end[b, rows, None] - 1).clamp(min=0).long(), torch.inf)
 
-    return select
+    return _ranked(score, budget)
 
 
 def oracle(budget: int) -> Selector:
