@@ -40,9 +40,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("budget", "index_n_heads", "index_head_dim"):
-            self._expect(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "an int >= 1")
+            self._expect(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an int >= 1")
         for name in ("keep_first", "keep_recent"):
-            self._expect(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 0, "an int >= 0")
+            self._expect(name, type(getattr(self, name)) is int and getattr(self, name) >= 0, "an int >= 0")
         self._expect("keep_first", self.keep_first + self.keep_recent <= self.budget, f"keep_first + keep_recent <= budget ({self.budget})")
         even = isinstance(self.rope_dim, int) and self.rope_dim % 2 == 0 and 2 <= self.rope_dim <= self.index_head_dim
         self._expect("rope_dim", self.rope_dim is None or even, f"None or an even int from 2 to index_head_dim ({self.index_head_dim})")
@@ -50,8 +50,10 @@ class Config:
         self._expect("score_dtype", self.score_dtype in ("bf16", "fp8"), "'bf16' or 'fp8'")
         power_of_two = self.index_head_dim & (self.index_head_dim - 1) == 0
         self._expect("index_head_dim", self.score_dtype != "fp8" or power_of_two, "a power of two with FP8 scores")
-        self._expect("pattern", len(self.pattern) > 0 and set(self.pattern) <= set("FSR"), "letters F, S and R, at least one")
-        self._expect("workspace_mb", self.workspace_mb is None or self.workspace_mb >= 1, "None or MiB >= 1")
+        letters = isinstance(self.pattern, (str, list, tuple)) and len(self.pattern) > 0 and set(self.pattern) <= set("FSR")
+        self._expect("pattern", letters, "letters F, S and R, at least one")
+        mb = self.workspace_mb
+        self._expect("workspace_mb", mb is None or (type(mb) is int and mb >= 1), "None or MiB >= 1")
         object.__setattr__(self, "pattern", self.pattern if isinstance(self.pattern, str) else tuple(self.pattern))
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:

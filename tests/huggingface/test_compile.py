@@ -32,6 +32,11 @@ def test_a_forward_is_one_graph(family, mode):
     assert (logits(compiled(model), IDS) - logits(model, IDS)).abs().max() < 1e-5
 
 
+def test_fp8_scores_are_part_of_the_graph():
+    model = sparse("llama", layers=1, score_dtype="fp8")
+    assert (logits(compiled(model), IDS) - logits(model, IDS)).abs().max() < 1e-5
+
+
 def test_one_graph_serves_every_length_above_the_budget():
     model = sparse("llama", layers=1, keep_first=1, keep_recent=1)
     counter = CompileCounterWithBackend("eager")

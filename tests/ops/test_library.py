@@ -45,6 +45,9 @@ def calls() -> dict[str, tuple]:
         "attend_dense/mla": (*grad(*mla), None, *interval, None, *REST),
         "attend_dense_backward": (dense_out, dense_lse, q, k, v, *interval, None, dense_out, *REST),
         "attend_dense_backward/mla": (dense_out, dense_lse, *mla, None, *interval, sink, dense_out, *REST),
+        "quantise/fp8": (index[1], "ue8m0", "auto"),
+        "dequantise/fp8": (*k8, "auto"),
+        "hadamard": (*grad(normal(3, 8)), "auto"),
         "align": (q, k, *grad(*index), *interval, None, None, 0.4, None, 1, "auto"),
         "align/sparse": (q, k, *grad(*index), *interval, indices[:, :, 0], lse, 0.4, None, 1, "auto"),
     }

@@ -1,9 +1,11 @@
 """FP8 quantisation of index tensors, and the bytes that a cache of them holds."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from skim.ops.dispatch import implementation
+from skim.ops.dispatch import TAGS, implementation
 
 SCALE_BYTES = 4
 
@@ -26,12 +28,12 @@ def quantise(x: Tensor, *, scale_format: str = "float32", impl: str = "auto") ->
     """
     if scale_format not in ("float32", "ue8m0"):
         raise ValueError(f"scale_format: expected 'float32' or 'ue8m0', got {scale_format!r}")
-    return implementation("codec", impl, x.device).quantise(x, scale_format)
+    return _quantise(x.contiguous(), scale_format, impl)
 
 
 def dequantise(values: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
     """float32 `[..., E]` of `quantise`'s values `[..., E]` and scales `[...]`."""
-    return implementation("codec", impl, values.device).dequantise(values, scale)
+    return _dequantise(values.contiguous(), scale, impl)
 
 
 def hadamard(x: Tensor, *, impl: str = "auto") -> Tensor:
@@ -45,7 +47,7 @@ def hadamard(x: Tensor, *, impl: str = "auto") -> Tensor:
     E = x.shape[-1]
     if E < 1 or E & (E - 1):
         raise ValueError(f"x: expected a last axis of a power of two, got {E}")
-    return implementation("codec", impl, x.device).hadamard(x)
+    return _hadamard(x.contiguous(), impl)
 
 
 def pack(values: Tensor, scale: Tensor) -> Tensor:
@@ -57,3 +59,44 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     """The values `[..., E]` and scales `[...]` of `pack`'s rows `[..., E + 4]`."""
     values, scale = packed[..., :-SCALE_BYTES].contiguous(), packed[..., -SCALE_BYTES:].contiguous()
     return values.view(torch.float8_e4m3fn), scale.view(torch.float32)[..., 0]
+
+
+@torch.library.custom_op("skim::quantise", mutates_args=(), tags=TAGS)
+def _quantise(x: Tensor, scale_format: str, impl: str) -> tuple[Tensor, Tensor]:
+    return implementation("codec", impl, x.device).quantise(x, scale_format)
+
+
+@_quantise.register_fake
+def _(x, scale_format, impl):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("skim::dequantise", mutates_args=(), tags=TAGS)
+def _dequantise(values: Tensor, scale: Tensor, impl: str) -> Tensor:
+    return implementation("codec", impl, values.device).dequantise(values, scale)
+
+
+@_dequantise.register_fake
+def _(values, scale, impl):  # type: ignore[no-untyped-def]
+    return values.new_empty(values.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("skim::hadamard", mutates_args=(), tags=TAGS)
+def _hadamard(x: Tensor, impl: str) -> Tensor:
+    return implementation("codec", impl, x.device).hadamard(x)
+
+
+@_hadamard.register_fake
+def _(x, impl):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.impl = inputs[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _hadamard(grad.contiguous(), ctx.impl), None  # the matrix is its own transpose
+
+
+_hadamard.register_autograd(_backward, setup_context=_setup)
