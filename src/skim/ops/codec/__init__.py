@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skim.ops.dispatch import TAGS, implementation
+from skim.ops.dispatch import TAGS, run
 
 SCALE_BYTES = 4
 
@@ -63,7 +63,7 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("skim::quantise", mutates_args=(), tags=TAGS)
 def _quantise(x: Tensor, scale_format: str, impl: str) -> tuple[Tensor, Tensor]:
-    return implementation("codec", impl, x.device).quantise(x, scale_format)
+    return run("codec", "quantise", impl, x.device, x, scale_format)
 
 
 @_quantise.register_fake
@@ -73,7 +73,7 @@ def _(x, scale_format, impl):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("skim::dequantise", mutates_args=(), tags=TAGS)
 def _dequantise(values: Tensor, scale: Tensor, impl: str) -> Tensor:
-    return implementation("codec", impl, values.device).dequantise(values, scale)
+    return run("codec", "dequantise", impl, values.device, values, scale)
 
 
 @_dequantise.register_fake
@@ -83,7 +83,7 @@ def _(values, scale, impl):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("skim::hadamard", mutates_args=(), tags=TAGS)
 def _hadamard(x: Tensor, impl: str) -> Tensor:
-    return implementation("codec", impl, x.device).hadamard(x)
+    return run("codec", "hadamard", impl, x.device, x)
 
 
 @_hadamard.register_fake
