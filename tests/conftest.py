@@ -17,6 +17,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; read when a kernel is defined
+
 sys.path.insert(0, str(Path(__file__).parent))  # helpers that several folders of tests share
 torch.set_num_threads(THREADS)
 

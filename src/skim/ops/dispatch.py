@@ -1,46 +1,116 @@
-"""Picks the implementation of an operator; the only place that knows the hardware."""
+"""Picks the implementation of an operator; the only place that knows the hardware.
+
+Each implementation module has, beside the operator's functions, `refusal(function, args)`: why it cannot run this call,
+or None. "auto" takes the first that does not refuse; a name that the user gave runs or raises with the reason.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
+import os
+from contextlib import nullcontext
+from functools import cache
+from importlib import import_module, util
 from types import ModuleType
 from typing import Any
 
 import torch
 
 OPERATORS = ("score", "select", "attend", "align", "codec")
-IMPLEMENTATIONS = ("reference",)
-# The reference looks at its data on the host, so torch.compile must not put it into a CUDA graph (tag since torch 2.9).
-TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+IMPLEMENTATIONS = ("triton", "numba", "reference")  # the fastest first
+SM = (8, 0)  # the first NVIDIA GPUs with bf16 matrix units and asynchronous copies
 
 
-def implementation(operator: str, impl: str, device: torch.device) -> ModuleType:
+@cache
+def _without(implementation: str, device_type: str, index: int | None) -> str | None:
+    """Why `implementation` runs nothing on this device, or None."""
+    if implementation == "triton":
+        if util.find_spec("triton") is None:
+            return "Triton is not installed: pip install 'skim-attention[gpu]'"
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        if device_type != "cuda":
+            return f"Triton kernels run on NVIDIA GPUs (or interpreted, TRITON_INTERPRET=1), not on {device_type}"
+        capability = torch.cuda.get_device_capability(index)
+        return None if capability >= SM else f"Triton kernels need an NVIDIA GPU of sm_80 or newer, this is sm_{capability[0]}{capability[1]}"
+    if implementation == "numba":
+        if device_type != "cpu":
+            return f"numba kernels run on the CPU, not on {device_type}"
+        if util.find_spec("numba") is None:
+            return "numba is not installed: pip install 'skim-attention[cpu]'"
+    return None
+
+
+def _module(operator: str, implementation: str, device: torch.device) -> ModuleType | str:
+    """The module of that implementation, or why there is none on this device."""
+    if reason := _without(implementation, device.type, device.index):
+        return reason
+    name = f"skim.ops.{operator}.{implementation}"
+    return import_module(name) if util.find_spec(name) else f"{operator} has no {implementation} implementation"
+
+
+def implementation(operator: str, impl: str, device: torch.device, function: str | None = None, args: tuple[Any, ...] = ()) -> ModuleType:
     """The module that runs `operator` on `device`.
 
     Args:
         operator: one of `OPERATORS`.
         impl: "auto" for the fastest that supports the call, or the name of an implementation.
         device: the device of the operands.
+        function, args: the call, if there is one already.
 
     Raises:
-        ValueError: `impl` is no implementation of `operator`.
+        ValueError: `operator` or `impl` is unknown, or the implementation named cannot run the call.
     """
-    if impl == "auto":
-        impl = choice(operator, device)
-    if impl not in IMPLEMENTATIONS:
+    if operator not in OPERATORS:
+        raise ValueError(f"operator: expected one of {OPERATORS}, got {operator!r}")
+    if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"impl: expected 'auto' or one of {IMPLEMENTATIONS} for {operator!r}, got {impl!r}")
-    return import_module(f"skim.ops.{operator}.{impl}")
+    candidates: tuple[str, ...] = (impl,)
+    if impl == "auto":  # kernels under the interpreter are for tests, which ask for them by name
+        candidates = tuple(name for name in IMPLEMENTATIONS if name != "triton" or device.type == "cuda")
+    reason: str | None = None
+    for name in candidates:
+        module = _module(operator, name, device)
+        if isinstance(module, str):
+            reason = module
+            continue
+        reason = module.refusal(function, args) if function is not None and hasattr(module, "refusal") else None
+        if reason is None:
+            return module
+    raise ValueError(f"impl: {impl!r} cannot run {operator}{'' if function is None else f' ({function})'} on {device}: {reason}")
 
 
 def run(operator: str, function: str, impl: str, device: torch.device, *args: Any) -> Any:
     """`function` of that implementation, without autocast: an operator says itself what it computes in."""
-    module = implementation(operator, impl, device)
-    with torch.autocast(device.type, enabled=False):
+    module = implementation(operator, impl, device, function, args)
+    if device.type == "cuda" and module.__name__.endswith("reference") and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{operator}: its reference implementation looks at data on the host and can't be captured into a CUDA graph")
+    # Triton launches on the current device.
+    with torch.autocast(device.type, enabled=False), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         return getattr(module, function)(*args)
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability of an NVIDIA GPU as Triton counts it (sm_90: 90); of the card compiled for where `device` is none."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    from triton.runtime import driver
+
+    return driver.active.get_current_target().arch if os.environ.get("TRITON_INTERPRET") != "1" else 90
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take."""
+    found = capability(device)
+    return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(found, 99) << 10
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU: how many programs keep it busy."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def choice(operator: str, device: torch.device) -> str:
     """The name of the implementation that "auto" takes for `operator` on `device`."""
-    if operator not in OPERATORS:
-        raise ValueError(f"operator: expected one of {OPERATORS}, got {operator!r}")
-    return "reference"
+    return implementation(operator, "auto", device).__name__.rpartition(".")[2]

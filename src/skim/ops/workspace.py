@@ -28,3 +28,8 @@ def chunks(rows: int, bytes_per_row: int, workspace_mb: int, multiple: int = 1) 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are made in: float64 for float64 inputs (gradcheck), float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unscaled(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a gradient that a loss scale has yet to reach: float16 would flush most of it to zero."""
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -14,8 +14,8 @@ from skim.ops.checks import (
     expect_shape,
     expect_tensor,
 )
-from skim.ops.dispatch import TAGS, run
-from skim.ops.workspace import accumulator, workspace
+from skim.ops.dispatch import run
+from skim.ops.workspace import accumulator, unscaled, workspace
 from skim.selection import Selection
 
 
@@ -88,7 +88,7 @@ def align(
     return loss
 
 
-@torch.library.custom_op("skim::align", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("skim::align", mutates_args=())
 def _align(
     q: Tensor,
     k: Tensor,
@@ -109,17 +109,18 @@ def _align(
 
 @_align.register_fake
 def _(q, k, q_index, k_index, weights, start, end, indices, lse, scale, group, workspace_mb, impl):  # type: ignore[no-untyped-def]
-    grads = (x.new_empty(x.shape) for x in (q_index, k_index, weights))
+    grads = (x.new_empty(x.shape, dtype=unscaled(x.dtype)) for x in (q_index, k_index, weights))
     return q_index.new_empty((), dtype=accumulator(q_index.dtype)), *grads
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [x.dtype for x in inputs[2:5]]
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Optional[Tensor]) -> tuple[Optional[Tensor], ...]:
     # The gradients were made with the loss, so they only take its factor.
-    dq, dk, dw = ((g * grad).to(g.dtype) for g in ctx.saved_tensors)
+    dq, dk, dw = ((g * grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes))
     return (None, None, dq, dk, dw, *(None for _ in range(8)))
 
 

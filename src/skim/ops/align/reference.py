@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from skim.ops.attend.reference import by_key_head, dense_bytes, dense_keys
 from skim.ops.score.reference import bounds, bytes_per_row, head_weights, score_gradients, visible_mask
-from skim.ops.workspace import accumulator, chunks
+from skim.ops.workspace import accumulator, chunks, unscaled
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -68,7 +68,8 @@ def align(
             query = q_index[b, rows].to(dtype)
             loss += step(q[b, rows], k[b], query, k_index[b], w[b, rows], reads, row_lse, scale, group, dq[b, rows], dk[b], dw[b, rows])
     count = counted.sum().clamp(min=1).to(dtype)
-    return loss / count, (dq / count).to(q_index.dtype), (dk / count).to(k_index.dtype), (dw * (w_scale / count)).to(weights.dtype)
+    dq, dk, dw = dq / count, dk / count, dw * (w_scale / count)
+    return loss / count, dq.to(unscaled(q_index.dtype)), dk.to(unscaled(k_index.dtype)), dw.to(unscaled(weights.dtype))
 
 
 def _dense_rows(

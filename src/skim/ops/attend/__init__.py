@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skim.ops.checks import expect_attention_inputs, expect_device, expect_interval, expect_selection, expect_shape, expect_sink, expect_tensor
-from skim.ops.dispatch import TAGS, run
+from skim.ops.dispatch import run
 from skim.ops.workspace import accumulator, workspace
 from skim.selection import Selection
 
@@ -121,7 +121,7 @@ def _fake_backward(q: Tensor, k: Tensor, v: Optional[Tensor], sink: Optional[Ten
     return torch.empty_like(q), k.new_empty(k.shape), dv, q.new_empty(0, dtype=accumulator(q.dtype)) if sink is None else torch.empty_like(sink)
 
 
-@torch.library.custom_op("skim::attend", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("skim::attend", mutates_args=())
 def _attend(
     q: Tensor, k: Tensor, v: Optional[Tensor], indices: Tensor, sink: Optional[Tensor], v_channels: int, scale: float, workspace_mb: int, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def _(q, k, v, indices, sink, v_channels, scale, workspace_mb, impl):  # type: i
     return _fake_attend(q, v_channels)
 
 
-@torch.library.custom_op("skim::attend_backward", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("skim::attend_backward", mutates_args=())
 def _attend_backward(
     grad: Tensor,
     dlse: Tensor,
@@ -143,20 +143,21 @@ def _attend_backward(
     indices: Tensor,
     sink: Optional[Tensor],
     out: Tensor,
+    lse: Tensor,
     v_channels: int,
     scale: float,
     workspace_mb: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return run("attend", "attend_backward", impl, q.device, grad, dlse, q, k, v, indices, sink, out, v_channels, scale, workspace_mb)
+    return run("attend", "attend_backward", impl, q.device, grad, dlse, q, k, v, indices, sink, out, lse, v_channels, scale, workspace_mb)
 
 
 @_attend_backward.register_fake
-def _(grad, dlse, q, k, v, indices, sink, out, v_channels, scale, workspace_mb, impl):  # type: ignore[no-untyped-def]
+def _(grad, dlse, q, k, v, indices, sink, out, lse, v_channels, scale, workspace_mb, impl):  # type: ignore[no-untyped-def]
     return _fake_backward(q, k, v, sink)
 
 
-@torch.library.custom_op("skim::attend_dense", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("skim::attend_dense", mutates_args=())
 def _attend_dense(
     q: Tensor,
     k: Tensor,
@@ -177,7 +178,7 @@ def _(q, k, v, start, end, sink, v_channels, scale, workspace_mb, impl):  # type
     return _fake_attend(q, v_channels)
 
 
-@torch.library.custom_op("skim::attend_dense_backward", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("skim::attend_dense_backward", mutates_args=())
 def _attend_dense_backward(
     grad: Tensor,
     dlse: Tensor,
@@ -188,29 +189,31 @@ def _attend_dense_backward(
     end: Tensor,
     sink: Optional[Tensor],
     out: Tensor,
+    lse: Tensor,
     v_channels: int,
     scale: float,
     workspace_mb: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return run("attend", "attend_dense_backward", impl, q.device, grad, dlse, q, k, v, start, end, sink, out, v_channels, scale, workspace_mb)
+    args = grad, dlse, q, k, v, start, end, sink, out, lse, v_channels, scale, workspace_mb
+    return run("attend", "attend_dense_backward", impl, q.device, *args)
 
 
 @_attend_dense_backward.register_fake
-def _(grad, dlse, q, k, v, start, end, sink, out, v_channels, scale, workspace_mb, impl):  # type: ignore[no-untyped-def]
+def _(grad, dlse, q, k, v, start, end, sink, out, lse, v_channels, scale, workspace_mb, impl):  # type: ignore[no-untyped-def]
     return _fake_backward(q, k, v, sink)
 
 
 # The two operators differ in one thing: what says which keys are read (indices, or start and end).
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *reads, sink, v_channels, scale, workspace_mb, impl = inputs
-    ctx.save_for_backward(q, k, v, *reads, sink, output[0])
+    ctx.save_for_backward(q, k, v, *reads, sink, *output)
     ctx.options = v_channels, scale, workspace_mb, impl
 
 
 def _backward(ctx: Any, operator: Any, grad: Tensor, dlse: Tensor) -> tuple[Any, ...]:
-    q, k, v, *reads, sink, out = ctx.saved_tensors
-    dq, dk, dv, dsink = operator(grad, dlse, q, k, v, *reads, sink, out, *ctx.options)
+    q, k, v, *reads, sink, out, lse = ctx.saved_tensors
+    dq, dk, dv, dsink = operator(grad, dlse, q, k, v, *reads, sink, out, lse, *ctx.options)
     return (dq, dk, None if v is None else dv, *(None for _ in reads), None if sink is None else dsink, None, None, None, None)
 
 

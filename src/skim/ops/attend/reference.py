@@ -30,6 +30,13 @@ def _softmax(scores: Tensor, valid: Optional[Tensor]) -> Pair:
     return p, lse
 
 
+def _probabilities(scores: Tensor, valid: Optional[Tensor], lse: Tensor) -> Tensor:
+    """`_softmax`'s probabilities `[..., s]` again, from its lse `[...]`: zero in a row that reads nothing."""
+    if valid is not None:
+        scores = scores.masked_fill_(~valid, -torch.inf)
+    return scores.sub_(lse.masked_fill(lse == -torch.inf, torch.inf)[..., None]).exp_()
+
+
 def _shares(lse: Tensor, sink: Optional[Tensor]) -> Pair:
     """How much of its attention a row gives to its keys and how much to the sink, `[...]` each; nothing where it is empty."""
     empty = lse == -torch.inf
@@ -116,6 +123,7 @@ def attend_backward(
     indices: Tensor,
     sink: Optional[Tensor],
     out: Tensor,
+    lse: Tensor,
     v_channels: int,
     scale: float,
     workspace_mb: int,
@@ -133,10 +141,11 @@ def attend_backward(
         for rows in chunks(T, 2 * _attend_bytes(q, k, v_channels, K), workspace_mb):
             read = _Gathered(k[b], None if v is None else v[b], v_channels, indices[b, rows])
             query, do, o = _grouped(q[b, rows], R, G), _grouped(grad[b, rows], R, G), _grouped(out[b, rows], R, G)
-            p, lse = _softmax((query * scale) @ read.k.transpose(-1, -2), read.valid)
-            ds, (do, dsink_logit) = _score_gradient(p, lse, sinks, read.v, o, do, dlse[b, rows].view(lse.shape))
+            row_lse = lse[b, rows].view(o.shape[:-1])
+            p = _probabilities((query * scale) @ read.k.transpose(-1, -2), read.valid, row_lse)
+            ds, (do, dsink_logit) = _score_gradient(p, row_lse, sinks, read.v, o, do, dlse[b, rows].view(row_lse.shape))
             ds *= scale
-            query = query.masked_fill(lse[..., None] == -torch.inf, 0.0)
+            query = query.masked_fill(row_lse[..., None] == -torch.inf, 0.0)
             dq[b, rows] = (ds @ read.k).reshape(-1, H, D).to(q.dtype)
             dk_read, dv_read = ds.transpose(-1, -2) @ query, p.transpose(-1, -2) @ do
             if dv is None:
@@ -227,6 +236,7 @@ def attend_dense_backward(
     end: Tensor,
     sink: Optional[Tensor],
     out: Tensor,
+    lse: Tensor,
     v_channels: int,
     scale: float,
     workspace_mb: int,
@@ -246,14 +256,16 @@ def attend_dense_backward(
             mask = visible_mask(start[b, rows], end[b, rows], low, high)
             n = mask.shape[0]
             keys = dense_keys(k[b], low, high)
-            query, do, o, dl = (by_key_head(x[b, rows], G) for x in (q, grad, out, dlse[..., None]))
-            p, lse = _dense_softmax(query, keys, mask, scale)
+            query, do, o, dl, row_lse = (by_key_head(x[b, rows], G) for x in (q, grad, out, dlse[..., None], lse[..., None]))
+            row_lse = row_lse[..., 0]
+            scores = ((query * scale) @ keys.transpose(1, 2)).view(G, n, -1, high - low)
+            p = _probabilities(scores, mask[None, :, None], row_lse.view(G, n, -1)).view(G, -1, high - low)
             values = _dense_values(k[b], None if v is None else v[b], v_channels, low, high)
             keys, values = (x.nan_to_num(0.0, 0.0, 0.0) for x in (keys, values))  # where they are read, p and out tell
             sinks = None if sink is None else _sinks_of_rows(sink, G, n)
-            ds, (do, dsink_logit) = _score_gradient(p, lse, sinks, values, o, do, dl[..., 0])
+            ds, (do, dsink_logit) = _score_gradient(p, row_lse, sinks, values, o, do, dl[..., 0])
             ds *= scale
-            query = query.masked_fill(lse[..., None] == -torch.inf, 0.0)
+            query = query.masked_fill(row_lse[..., None] == -torch.inf, 0.0)
             dq[b, rows] = by_query(ds @ keys, n).to(q.dtype)
             dk[b, :, low:high] += ds.transpose(1, 2) @ query
             into = dk[b, :, low:high, :v_channels] if dv is None else dv[b, :, low:high]

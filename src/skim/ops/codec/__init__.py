@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skim.ops.dispatch import TAGS, run
+from skim.ops.dispatch import run
 
 SCALE_BYTES = 4
+LATENT, LATENT_BLOCK, ROPE = 512, 128, 64  # channels of DeepSeek's latent cache, those that share a scale, rotated ones
 
 
 def quantise(x: Tensor, *, scale_format: str = "float32", impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -61,7 +62,63 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(torch.float8_e4m3fn), scale.view(torch.float32)[..., 0]
 
 
-@torch.library.custom_op("skim::quantise", mutates_args=(), tags=TAGS)
+def pack_pages(values: Tensor, scale: Tensor, page: int = 64) -> Tensor:
+    """uint8 pages `[..., P, page * (E + 4)]` of S tokens, P = ceil(S / page): DeepSeek's paged cache of index keys.
+
+    Within a page come the values of all its tokens and then their scales. The slots behind the last token are zero.
+    Kernels that take `[P, page, 1, E + 4]` take a view of it. Source: DeepGEMM's paged index scores (spec section 1.5).
+
+    Args:
+        values: float8_e4m3fn `[..., S, E]`.
+        scale: float32 `[..., S]`.
+        page: tokens of a page.
+    """
+    S, E = values.shape[-2:]
+    pages = -(-S // page)
+    padding = pages * page - S
+    bytes_of_values = torch.nn.functional.pad(values.view(torch.uint8), (0, 0, 0, padding))
+    bytes_of_scales = torch.nn.functional.pad(scale, (0, padding)).contiguous().view(torch.uint8)
+    lead = values.shape[:-2]
+    parts = bytes_of_values.reshape(*lead, pages, page * E), bytes_of_scales.reshape(*lead, pages, page * SCALE_BYTES)
+    return torch.cat(parts, dim=-1)
+
+
+def unpack_pages(packed: Tensor, page: int = 64) -> tuple[Tensor, Tensor]:
+    """The values `[..., P * page, E]` and scales `[..., P * page]` of `pack_pages`'s pages, empty slots included."""
+    lead, pages = packed.shape[:-2], packed.shape[-2]
+    E = packed.shape[-1] // page - SCALE_BYTES
+    values, scale = packed[..., : page * E].contiguous(), packed[..., page * E :].contiguous()
+    return values.view(torch.float8_e4m3fn).view(*lead, pages * page, E), scale.view(torch.float32).view(*lead, pages * page)
+
+
+def pack_latent(values: Tensor, scale: Tensor, rope: Tensor) -> Tensor:
+    """One uint8 row `[..., 656]` a token: DeepSeek-V3.2's FP8 cache of attention latents (FlashMLA's; spec section 2.5).
+
+    Args:
+        values: float8_e4m3fn `[..., 512]`, the latent.
+        scale: float32 `[..., 4]`, one for 128 channels of it.
+        rope: bfloat16 `[..., 64]`, the rotated channels, which are never quantised.
+
+    Raises:
+        ValueError: another number of channels or scales, or `rope` in another dtype.
+    """
+    for name, part, width, dtype in (
+        ("values", values, LATENT, torch.float8_e4m3fn),
+        ("scale", scale, LATENT // LATENT_BLOCK, torch.float32),
+        ("rope", rope, ROPE, torch.bfloat16),
+    ):
+        if part.shape[-1] != width or part.dtype != dtype:
+            raise ValueError(f"{name}: expected {dtype} [..., {width}], got {part.dtype} {tuple(part.shape)}")
+    return torch.cat([part.contiguous().view(torch.uint8) for part in (values, scale, rope)], dim=-1)
+
+
+def unpack_latent(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The values `[..., 512]`, scales `[..., 4]` and rotated channels `[..., 64]` of `pack_latent`'s rows `[..., 656]`."""
+    values, scale, rope = packed.split((LATENT, SCALE_BYTES * LATENT // LATENT_BLOCK, 2 * ROPE), dim=-1)
+    return values.contiguous().view(torch.float8_e4m3fn), scale.contiguous().view(torch.float32), rope.contiguous().view(torch.bfloat16)
+
+
+@torch.library.custom_op("skim::quantise", mutates_args=())
 def _quantise(x: Tensor, scale_format: str, impl: str) -> tuple[Tensor, Tensor]:
     return run("codec", "quantise", impl, x.device, x, scale_format)
 
@@ -71,7 +128,7 @@ def _(x, scale_format, impl):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("skim::dequantise", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("skim::dequantise", mutates_args=())
 def _dequantise(values: Tensor, scale: Tensor, impl: str) -> Tensor:
     return run("codec", "dequantise", impl, values.device, values, scale)
 
@@ -81,7 +138,7 @@ def _(values, scale, impl):  # type: ignore[no-untyped-def]
     return values.new_empty(values.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("skim::hadamard", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("skim::hadamard", mutates_args=())
 def _hadamard(x: Tensor, impl: str) -> Tensor:
     return run("codec", "hadamard", impl, x.device, x)
 

@@ -9,11 +9,13 @@ SMALLEST_AMAX = 1e-4
 
 def quantise(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
     wide = x.float()
-    scale = wide.abs().amax(-1).clamp(min=SMALLEST_AMAX) / E4M3_MAX
+    amax = wide.abs().amax(-1).clamp(min=SMALLEST_AMAX)
+    scale = amax / torch.full_like(amax, E4M3_MAX)  # CUDA divides by a number as it multiplies by its reciprocal
     if scale_format == "ue8m0":
         mantissa, exponent = torch.frexp(scale)
         # scale = mantissa * 2^exponent with mantissa in [0.5, 1): the next power of two, exact, where log2 may round
-        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+        power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+        scale = torch.where(scale.isfinite(), power, scale)
     values = (wide / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
     return values.to(torch.float8_e4m3fn), scale
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skim.ops.checks import Quantised, expect_index_inputs, expect_interval
-from skim.ops.dispatch import TAGS, run
+from skim.ops.dispatch import run
 from skim.ops.workspace import accumulator, workspace
 
 
@@ -44,7 +44,7 @@ def index_scores(
     return _index_scores(q, k, weights, q_scale, k_scale, start, end, workspace(workspace_mb, q.device), impl)
 
 
-@torch.library.custom_op("skim::index_scores", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("skim::index_scores", mutates_args=())
 def _index_scores(
     q: Tensor,
     k: Tensor,
@@ -64,7 +64,7 @@ def _(q, k, weights, q_scale, k_scale, start, end, workspace_mb, impl):  # type:
     return q.new_empty(q.shape[0], q.shape[1], k.shape[1], dtype=accumulator(q.dtype))
 
 
-@torch.library.custom_op("skim::index_scores_backward", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("skim::index_scores_backward", mutates_args=())
 def _index_scores_backward(
     grad: Tensor, q: Tensor, k: Tensor, weights: Tensor, start: Tensor, end: Tensor, workspace_mb: int, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:

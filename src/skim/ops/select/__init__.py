@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skim.ops.checks import Quantised, expect_index_inputs, expect_interval, expect_shape, expect_tensor
-from skim.ops.dispatch import TAGS, run
+from skim.ops.dispatch import run
 from skim.ops.workspace import accumulator, workspace
 from skim.selection import Selection
 
@@ -78,7 +78,7 @@ def select(
     return Selection(indices.view(shape), counts.view(B, T, R), scores.view(shape)), lse.view(B, T, R)
 
 
-@torch.library.custom_op("skim::select", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("skim::select", mutates_args=())
 def _select(
     q: Tensor,
     k: Tensor,

@@ -1,0 +1,622 @@
+"""Exact top-k of index scores in Triton; the scores never reach memory.
+
+A sample of a row's scores gives a threshold that its k best keys are above with room to spare; what is above it, a few
+thousand candidates, is kept while the scores are made; the k best of these are the k best of all. That this holds is
+checked, not hoped for: a row with too few or too many candidates is flagged, and done again from all of its scores.
+
+Keys are ordered by (rank, position), rank an int32 that grows with the score. Candidates are all the keys of a row from
+some point of this order on, so ties need no second path: a plateau of equal scores is cut at a position. Segments hold
+candidates in the order of their positions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from skim.ops.score import triton as score
+from skim.ops.score.triton import INTERPRETED, PROGRAMS, Tile, head_weights, load_interval, load_queries, operands, score_tile, union
+
+BUDGET = 8192  # the candidates of a row lie in the registers of one program
+SAMPLE = 4096  # keys that a row is sampled at, at most
+CAPACITY = 1024  # candidates that a row may have, at least
+ROOM = 1  # tiles of keys by which thresholds may be too low, because they are cut at tiles
+SPLIT = 1024  # keys that a program walks, at least, where a row is split
+FINITE = tl.constexpr(3.4028234663852886e38)
+RANK_KEPT = tl.constexpr(0x7F800000)  # of keys kept whatever they score: that of +inf
+RANK_FINITE = tl.constexpr(0x7F7FFFFF)  # of the largest finite score, and of +inf; that of -inf is -RANK_FINITE - 1
+RANK_NAN = tl.constexpr(-0x7F800001)
+LOWEST = tl.constexpr(-0x80000000)
+
+
+@triton.jit
+def rank_of(scores, key, start, end, keep_first, keep_recent):
+    """int32 that orders visible keys as (kept anyway, score descending, NaN) does; -0.0 as +0.0, infinite as largest finite."""
+    clamped = tl.minimum(tl.maximum(tl.where(scores == 0, 0.0, scores), -FINITE), FINITE)
+    bits = clamped.to(tl.int32, bitcast=True)
+    rank = tl.where(scores == scores, bits ^ ((bits >> 31) & 0x7FFFFFFF), RANK_NAN)
+    return tl.where((key - start < keep_first) | (key >= end - keep_recent), RANK_KEPT, rank)
+
+
+@triton.jit
+def score_at(rank):
+    """The float32 of a rank, and back: the mapping is its own inverse."""
+    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def next_score(scores):
+    """The next larger float32; 0.0 counts as positive."""
+    bits = scores.to(tl.int32, bitcast=True)
+    return score_at((bits ^ ((bits >> 31) & 0x7FFFFFFF)) + 1)
+
+
+@triton.jit
+def greatest(values, wanted, most, low, high):
+    """A v in [low, high) that `wanted` to `most` of the int32 values reach, if any v has so many; else the greatest that `wanted` reach.
+
+    At least `wanted` values reach low, and none reaches high.
+    """
+    while low + 1 < high:
+        middle = (low & high) + ((low ^ high) >> 1)
+        count = tl.sum((values >= middle).to(tl.int32))
+        low = tl.where(count >= wanted, middle, low)
+        high = tl.where(count > most, high, tl.where(count >= wanted, middle + 1, middle))
+    return low
+
+
+@triton.jit
+def sampled_key(stratum, stride):
+    """The key that is sampled of the keys stratum * stride, ...: any, so that no period of the keys meets the sample's."""
+    x = stratum.to(tl.uint32) * 0x9E3779B1
+    x = (x ^ (x >> 15)) * 0x85EBCA77
+    x ^= x >> 13
+    return stratum * stride + (x % stride.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def scores_of(
+    q, w, Q, W, K, K_SCALE, key, real, stride_qt, stride_qj, stride_ks, t0, T, J, E,
+    BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    LOADED: tl.constexpr,
+):  # fmt: skip
+    """Scores `[BN, BQ]`: made, or, where LOADED, read from Q `[T, S]`."""
+    if LOADED:
+        t = t0 + tl.arange(0, BQ)
+        return tl.load(Q + (t.to(tl.int64) * stride_qt)[None, :] + key[:, None], mask=real[:, None] & (t < T)[None, :], other=0.0)
+    else:
+        return score_tile(q, w, Q, W, K, K_SCALE, key, real, stride_qt, stride_qj, stride_ks, t0, T, J, E, BN, BQ, BJ, BE, HEADS, PADDED, SCALED)
+
+
+@triton.jit
+def first_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, LOADED: tl.constexpr):
+    if LOADED:
+        return 0.0, 0.0
+    else:
+        return load_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, 0, BQ, BJ, BE)
+
+
+@triton.jit(do_not_specialize=["tile0", "row0", "stride"])
+def sample_kernel(
+    Q, K, W, K_SCALE, START, END, RANKS, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, tile0, row0, T, S, J, E,
+    keep_first, keep_recent, capacity, stride, share,
+    BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    LOADED: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """RANKS `[rows, BM]` of the sampled keys; those that a row doesn't see are left as they were. Grid: query tiles, shares of the sample."""
+    tiles = tl.cdiv(T, BQ)
+    tile = tile0 + tl.program_id(0)
+    b, t0 = tile // tiles, tile % tiles * BQ
+    t, n = t0 + tl.arange(0, BQ), tl.arange(0, BN)
+    start, end = load_interval(START, END, b, t, T, S)
+    low, high = union(start, end, end - start > capacity, S)
+    first = tl.maximum(low // stride // BN * BN, tl.program_id(1) * share)
+    last = tl.minimum(tl.cdiv(high, stride), (tl.program_id(1) + 1) * share)
+    Q, K, W, K_SCALE = Q + b.to(tl.int64) * stride_qb, K + b.to(tl.int64) * stride_kb, W + b.to(tl.int64) * T * J, K_SCALE + b.to(tl.int64) * S
+    out = RANKS + (b.to(tl.int64) * T + t - row0)[None, :] * BM
+    q, w = first_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, BQ, BJ, BE, LOADED)
+    for origin in tl.range(first, last, BN, num_stages=STAGES):
+        stratum = origin + n
+        key = sampled_key(stratum, stride)
+        scores = scores_of(
+            q, w, Q, W, K, K_SCALE, key, key < high, stride_qt, stride_qj, stride_ks, t0, T, J, E, BN, BQ, BJ, BE, HEADS, PADDED, SCALED, LOADED
+        )
+        rank = rank_of(scores, key[:, None], start[None, :], end[None, :], keep_first, keep_recent)
+        tl.store(out + stratum[:, None], rank, mask=(key[:, None] >= start[None, :]) & (key[:, None] < end[None, :]))
+
+
+@triton.jit(do_not_specialize=["row0", "stride"])
+def threshold_kernel(RANKS, START, END, SCORE, POSITION, row0, S, budget, capacity, stride, BM: tl.constexpr):
+    """The point of the order from which on keys are candidates: the score and the position of about the right sampled key."""
+    row = tl.program_id(0)
+    start, end = tl.maximum(tl.load(START + row0 + row), 0), tl.minimum(tl.load(END + row0 + row), S)
+    point, position = tl.full([], -RANK_FINITE - 1, tl.int32), tl.full([], LOWEST, tl.int32)  # everything
+    if end - start > capacity:
+        stratum = tl.arange(0, BM)
+        key = sampled_key(stratum, stride)
+        seen = (key >= start) & (key < end)
+        rank = tl.load(RANKS + row.to(tl.int64) * BM + stratum, mask=seen, other=LOWEST)
+        # As many of the sample are expected among the k best; five standard deviations more are hardly ever.
+        expected = budget * (tl.sum(seen.to(tl.int32)) / (end - start).to(tl.float32))
+        wanted = tl.ceil(expected + 5 * tl.sqrt(expected) + 4).to(tl.int32)
+        most = wanted + wanted // 16  # the search may stop early
+        if wanted <= tl.sum(seen.to(tl.int32)):
+            point = greatest(rank, wanted, most, tl.min(tl.where(seen, rank, RANK_KEPT)), tl.max(rank) + 1)
+            above, equal = tl.sum((rank > point).to(tl.int32)), tl.sum((rank == point).to(tl.int32))
+            if (above + equal > most) & (point > -RANK_FINITE - 1) & (point < RANK_FINITE):  # a plateau, cut at a position
+                position = greatest(tl.where(rank == point, key, -1), wanted - above, most - above, start, end)
+            point = tl.minimum(tl.maximum(point, -RANK_FINITE - 1), RANK_FINITE)
+    tl.store(SCORE + row, score_at(point))
+    tl.store(POSITION + row, position)
+
+
+@triton.jit
+def append(entries, slot, entry, mask, DIRECT: tl.constexpr):
+    """Stores int64 `[BN, BQ]` in the slots behind the pointers `[BQ]`.
+
+    DIRECT leaves them with the threads that have them; tl.store would pass them round so that neighbours are written at once, and none are.
+    """
+    if DIRECT:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b64 a; setp.ne.s32 p, $4, 0; mad.wide.s32 a, $2, 8, $1; @p st.global.b64 [a], $3; mov.u32 $0, 0; }",
+            "=r,l,r,l,r",
+            [entries.to(tl.int64, bitcast=True)[None, :], slot, entry, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(entries[None, :] + slot, entry, mask=mask)
+
+
+@triton.jit
+def rows_of_keys(BN: tl.constexpr, WARPS: tl.constexpr):
+    """Which of BN neighbouring keys stands in each row of a tile, `[BN]`.
+
+    Matrix units give a thread the rows r, r + 8, r + 64, r + 72. In this order those are neighbouring keys, and those of a
+    warp are 32 neighbouring keys: so most of a scan along the keys happens inside a thread.
+    """
+    REST: tl.constexpr = BN // (16 * WARPS)
+    row = tl.arange(0, BN)
+    return row // 16 % WARPS * (16 * REST) + row % 8 * (2 * REST) + row // (16 * WARPS) * 2 + row // 8 % 2
+
+
+@triton.jit
+def before_and_total(chosen, BN: tl.constexpr, BQ: tl.constexpr, WARPS: tl.constexpr):
+    """How many keys before each key are chosen, `[BN, BQ]`, and how many are at all, `[BQ]`; keys stand as in `rows_of_keys`, BQ <= 16.
+
+    Up to four counts, of at most 128 each, share an integer.
+    """
+    REST: tl.constexpr = BN // (16 * WARPS)
+    NEAR: tl.constexpr = min(4, BQ)
+    shift = tl.arange(0, BQ // NEAR) * 8
+    packed = tl.sum(tl.reshape(chosen, [BN, BQ // NEAR, NEAR]) << shift[None, :, None], 1)
+    packed = tl.permute(tl.reshape(packed, [REST, WARPS, 2, 8, NEAR]), [1, 3, 4, 0, 2])
+    first, last = tl.split(tl.reshape(packed, [WARPS * 8, NEAR, REST, 2]))
+    pair, second = first + last, tl.arange(0, 2)
+    if REST == 2:
+        early, late = tl.split(pair)
+        group, inside = early + late, early[:, :, None] * second[None, None, :]
+    else:
+        group, inside = tl.reshape(pair, [WARPS * 8, NEAR]), tl.zeros_like(pair)
+    inside += (tl.cumsum(group, 0) - group)[:, :, None]
+    before = inside[:, :, :, None] + first[:, :, :, None] * second[None, None, None, :]
+    before = tl.permute(tl.reshape(before, [WARPS, 8, NEAR, REST, 2]), [3, 0, 4, 1, 2])
+    before = (tl.reshape(before, [BN, 1, NEAR]) >> shift[None, :, None]) & 0xFF
+    total = (tl.sum(group, 0)[None, :] >> shift[:, None]) & 0xFF
+    return tl.reshape(before, [BN, BQ]), tl.reshape(total, [BQ])
+
+
+@triton.jit(do_not_specialize=["tile0", "row0"])
+def candidates_kernel(
+    Q, K, W, K_SCALE, START, END, SCORE, POSITION, ENTRIES, COUNTS, MAXIMA, SUMS, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks,
+    tile0, row0, T, S, J, E, budget, keep_first, keep_recent, split, segment,
+    BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    LOADED: tl.constexpr, SAMPLED: tl.constexpr, DIRECT: tl.constexpr, ROW_WARPS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Appends what is above the thresholds to ENTRIES `[rows, splits, segment]`, (score's bits, position) as int64, and counts it in COUNTS
+    `[rows, splits]`, which may exceed what is stored. With scores also the maximum and the sum of the exponentials of each split. Grid: query
+    tiles, the last first (where visibility is causal it is the longest), and splits of the keys.
+    """
+    tiles = tl.cdiv(T, BQ)
+    tile = tile0 + tl.num_programs(0) - 1 - tl.program_id(0)
+    b, t0 = tile // tiles, tile % tiles * BQ
+    t, n = t0 + tl.arange(0, BQ), tl.arange(0, BN)
+    start, end = load_interval(START, END, b, t, T, S)
+    if not WITH_SCORES:  # a row that keeps all it sees needs no scores
+        short = end - start <= budget
+        start, end = tl.where(short, 0, start), tl.where(short, 0, end)
+    sees = end > start
+    low, high = union(start, end, sees, S)
+    low, high = tl.maximum(low // BN * BN, tl.program_id(1) * split), tl.minimum(high, (tl.program_id(1) + 1) * split)
+    Q, K, W, K_SCALE = Q + b.to(tl.int64) * stride_qb, K + b.to(tl.int64) * stride_kb, W + b.to(tl.int64) * T * J, K_SCALE + b.to(tl.int64) * S
+    row = b.to(tl.int64) * T + t - row0
+    if SAMPLED:
+        point, position = tl.load(SCORE + row, mask=t < T, other=0.0), tl.load(POSITION + row, mask=t < T, other=0)
+    else:
+        point, position = tl.full([BQ], -FINITE, tl.float32), tl.full([BQ], LOWEST, tl.int32)
+    position = position // BN * BN  # so that one comparison does: with `point` itself from this position on, with the next score before it
+    point, above = tl.where(sees, point, float("nan")), tl.where(sees, next_score(point), float("nan"))  # nothing reaches NaN
+    inner_low, inner_high = tl.max(tl.where(sees, start + keep_first, 0)), tl.min(tl.where(sees, end - keep_recent, S))  # seen by all
+    entries = ENTRIES + (row * tl.num_programs(1) + tl.program_id(1)) * segment
+    count = tl.zeros([BQ], tl.int32)
+    maximum, total = tl.full([BQ], float("-inf"), tl.float32), tl.zeros([BQ], tl.float32)
+    q, w = first_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, BQ, BJ, BE, LOADED)
+    for origin in tl.range(low, high, BN, num_stages=STAGES):
+        origin = tl.multiple_of(origin, BN)
+        key = origin + (n if LOADED else rows_of_keys(BN, ROW_WARPS))
+        scores = scores_of(
+            q,
+            w,
+            Q,
+            W,
+            K,
+            K_SCALE,
+            key,
+            key < (S if LOADED else high),
+            stride_qt,
+            stride_qj,
+            stride_ks,
+            t0,
+            T,
+            J,
+            E,
+            BN,
+            BQ,
+            BJ,
+            BE,
+            HEADS,
+            PADDED,
+            SCALED,
+            LOADED,
+        )
+        key = key[:, None]
+        ranked = tl.maximum(scores, -FINITE)  # NaN too
+        if (origin < inner_low) | (origin + BN > inner_high):
+            seen = (key >= start[None, :]) & (key < end[None, :])
+            if KEEP:
+                kept = (key - start[None, :] < keep_first) | (key >= end[None, :] - keep_recent)
+                ranked = tl.where(kept, float("inf"), ranked)
+            ranked = tl.where(seen, ranked, float("-inf"))
+        chosen = ranked >= tl.where(origin >= position, point, above)[None, :]
+        if LOADED:
+            before, more = tl.cumsum(chosen.to(tl.int32), 0) - 1, tl.sum(chosen.to(tl.int32), 0)
+        else:
+            before, more = before_and_total(chosen.to(tl.int32), BN, BQ, ROW_WARPS)
+        entry = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | key
+        append(entries + tl.minimum(count, segment - BN), before, entry, chosen, DIRECT)  # a segment that is full is of no use
+        count += more
+        if WITH_SCORES:
+            visible = tl.where((key >= start[None, :]) & (key < end[None, :]), scores, float("-inf"))
+            larger = tl.maximum(maximum, tl.max(visible, 0))
+            base = tl.where(tl.abs(larger) == float("inf"), 0.0, larger)
+            total = total * tl.exp(maximum - base) + tl.sum(tl.exp(visible - base[None, :]), 0)
+            maximum = larger
+    place = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(COUNTS + place, count, mask=t < T)
+    if WITH_SCORES:
+        tl.store(MAXIMA + place, maximum, mask=t < T)
+        tl.store(SUMS + place, total, mask=t < T)
+
+
+@triton.jit
+def choose(
+    ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, total, keep_first, keep_recent, splits, segment,
+    BC: tl.constexpr, WITH_SCORES: tl.constexpr,
+):  # fmt: skip
+    """The `wanted` best of `total` candidates of one row, at most BC, to INDICES and CHOSEN."""
+    slot = tl.arange(0, BC)
+    part, begin, reached = tl.zeros([BC], tl.int32), tl.zeros([BC], tl.int32), 0
+    for j in range(splits - 1):
+        reached += tl.load(COUNTS + j)
+        part += (slot >= reached).to(tl.int32)
+        begin = tl.where(slot >= reached, reached, begin)
+    entry = tl.load(ENTRIES + part.to(tl.int64) * segment + (slot - begin), mask=slot < total, other=0)
+    key, scores = entry.to(tl.int32), (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    rank = tl.where(slot < total, rank_of(scores, key, start, end, keep_first, keep_recent), LOWEST)
+    low = tl.min(tl.where(slot < total, rank, RANK_KEPT))
+    point = greatest(rank, wanted, wanted, low, tl.max(rank) + 1)
+    above, equal = (rank > point).to(tl.int32), (rank == point).to(tl.int32)
+    spare = tl.sum(above) + tl.sum(equal) - wanted
+    if spare > 0:  # the oldest of those at the threshold go
+        equal = tl.where(tl.cumsum(equal, 0) > spare, equal, 0)
+    kept = above + equal
+    place = tl.cumsum(kept, 0) - 1
+    tl.store(INDICES + place, key, mask=kept != 0)
+    if WITH_SCORES:
+        tl.store(CHOSEN + place, scores, mask=kept != 0)
+
+
+@triton.jit
+def pad(INDICES, CHOSEN, first, budget, WITH_SCORES: tl.constexpr):
+    """-1 (and -inf) from slot `first` on."""
+    for origin in range(first, budget, 1024):
+        slot = origin + tl.arange(0, 1024)
+        tl.store(INDICES + slot, -1, mask=slot < budget)
+        if WITH_SCORES:
+            tl.store(CHOSEN + slot, float("-inf"), mask=slot < budget)
+
+
+@triton.jit(do_not_specialize=["row0"])
+def choose_kernel(
+    ENTRIES, COUNTS, MAXIMA, SUMS, START, END, INDICES, SIZES, CHOSEN, LSE, FLAGS, row0, S, budget, keep_first, keep_recent, splits, segment,
+    BC: tl.constexpr, WITH_SCORES: tl.constexpr,
+):  # fmt: skip
+    """A row's selection from its candidates, or a flag where they aren't all there. Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    out = row0 + row
+    start, end = tl.maximum(tl.load(START + out), 0), tl.minimum(tl.load(END + out), S)
+    size = tl.maximum(end - start, 0)
+    wanted = tl.minimum(size, budget)
+    ENTRIES, COUNTS, INDICES, CHOSEN = ENTRIES + row * splits * segment, COUNTS + row * splits, INDICES + out * budget, CHOSEN + out * budget
+    tl.store(SIZES + out, wanted)
+    pad(INDICES, CHOSEN, wanted, budget, WITH_SCORES)
+    flag = 0
+    if WITH_SCORES:
+        largest = float("-inf")
+        for j in range(splits):
+            largest = tl.maximum(largest, tl.load(MAXIMA + row * splits + j))
+        base = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+        sums = 0.0
+        for j in range(splits):
+            maximum = tl.load(MAXIMA + row * splits + j)
+            sums += tl.load(SUMS + row * splits + j) * tl.exp(tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum) - base)
+        tl.store(LSE + out, base + tl.log(sums))
+    if (size <= budget) & (not WITH_SCORES):
+        for origin in range(0, size, 1024):
+            slot = origin + tl.arange(0, 1024)
+            tl.store(INDICES + slot, start + slot, mask=slot < size)
+    elif size > 0:
+        total = 0
+        for j in range(splits):
+            total += tl.load(COUNTS + j)
+        if (total < wanted) | (total > BC):
+            flag = 1
+        elif total <= BC // 2:
+            choose(
+                ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, total, keep_first, keep_recent, splits, segment, BC // 2, WITH_SCORES
+            )  # fmt: skip
+        else:
+            choose(ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, total, keep_first, keep_recent, splits, segment, BC, WITH_SCORES)
+    tl.store(FLAGS + row, flag)
+
+
+@triton.jit
+def count_reaching(SCORES, start, end, keep_first, keep_recent, point, BS: tl.constexpr):
+    """How many keys of a row have a rank of at least `point`."""
+    count = tl.zeros([BS], tl.int32)
+    for origin in range(start, end, BS):
+        key = origin + tl.arange(0, BS)
+        rank = rank_of(tl.load(SCORES + key, mask=key < end, other=0.0), key, start, end, keep_first, keep_recent)
+        count += ((rank >= point) & (key < end)).to(tl.int32)
+    return tl.sum(count)
+
+
+@triton.jit
+def choose_of_all(SCORES, INDICES, CHOSEN, start, end, wanted, keep_first, keep_recent, BS: tl.constexpr, WITH_SCORES: tl.constexpr):
+    """The `wanted` best keys of one row of scores in memory, exactly, by bisection over the ranks: some 32 passes."""
+    point, high = tl.full([], RANK_NAN, tl.int32), tl.full([], RANK_KEPT + 1, tl.int32)
+    while point + 1 < high:
+        middle = (point & high) + ((point ^ high) >> 1)
+        enough = count_reaching(SCORES, start, end, keep_first, keep_recent, middle, BS) >= wanted
+        point, high = tl.where(enough, middle, point), tl.where(enough, high, middle)
+    spare = count_reaching(SCORES, start, end, keep_first, keep_recent, point, BS) - wanted  # the oldest of those at the threshold
+    place, equals = 0, 0
+    for origin in range(start, end, BS):
+        key = origin + tl.arange(0, BS)
+        scores = tl.load(SCORES + key, mask=key < end, other=0.0)
+        rank = tl.where(key < end, rank_of(scores, key, start, end, keep_first, keep_recent), LOWEST)
+        equal = (rank == point).to(tl.int32)
+        kept = (rank > point).to(tl.int32) + tl.where(equals + tl.cumsum(equal, 0) > spare, equal, 0)
+        slot = place + tl.cumsum(kept, 0) - 1
+        tl.store(INDICES + slot, key, mask=kept != 0)
+        if WITH_SCORES:
+            tl.store(CHOSEN + slot, scores, mask=kept != 0)
+        place += tl.sum(kept)
+        equals += tl.sum(equal)
+
+
+@triton.jit(do_not_specialize=["tile0", "row0", "count"])
+def exhaustive_kernel(
+    Q, K, W, K_SCALE, START, END, FLAGS, SCRATCH, INDICES, CHOSEN, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks,
+    tile0, row0, count, T, S, J, E, budget, keep_first, keep_recent,
+    BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    LOADED: tl.constexpr, WITH_SCORES: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The flagged rows of `count` query tiles, from all their scores, which each program holds in its own SCRATCH `[BQ, S]`."""
+    tiles = tl.cdiv(T, BQ)
+    SCRATCH += tl.program_id(0).to(tl.int64) * BQ * S
+    for tile in range(tile0 + tl.program_id(0), tile0 + count, tl.num_programs(0)):
+        b, t0 = tile // tiles, tile % tiles * BQ
+        query, n = tl.arange(0, BQ), tl.arange(0, BN)
+        t, first = t0 + query, b.to(tl.int64) * T + t0  # the first row of the tile
+        flagged = tl.load(FLAGS + first - row0 + query, mask=t < T, other=0) != 0
+        if tl.max(flagged.to(tl.int32)) > 0:
+            if not LOADED:
+                start, end = load_interval(START, END, b, t, T, S)
+                low, high = union(start, end, flagged, S)
+                q_b, k_b, w_b = Q + b.to(tl.int64) * stride_qb, K + b.to(tl.int64) * stride_kb, W + b.to(tl.int64) * T * J
+                q, w = load_queries(q_b, w_b, stride_qt, stride_qj, t0, T, J, E, 0, BQ, BJ, BE)
+                for origin in tl.range(low // BN * BN, high, BN, num_stages=STAGES):
+                    key = origin + n
+                    scores = score_tile(
+                        q, w, q_b, w_b, k_b, K_SCALE + b.to(tl.int64) * S, key, key < high, stride_qt, stride_qj, stride_ks, t0, T, J, E,
+                        BN, BQ, BJ, BE, HEADS, PADDED, SCALED,
+                    )  # fmt: skip
+                    tl.store(SCRATCH + (query.to(tl.int64) * S)[None, :] + key[:, None], scores, mask=(key < high)[:, None] & flagged[None, :])
+                tl.debug_barrier()  # other threads wrote the scores
+            scores_row = Q + first * stride_qt if LOADED else SCRATCH
+            for i in range(BQ):
+                row = first + i
+                if tl.load(FLAGS + row - row0, mask=t0 + i < T, other=0) != 0:
+                    begin, stop = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+                    choose_of_all(
+                        scores_row, INDICES + row * budget, CHOSEN + row * budget, begin, stop, tl.minimum(stop - begin, budget),
+                        keep_first, keep_recent, BS, WITH_SCORES,
+                    )  # fmt: skip
+                scores_row += S  # where LOADED, BQ is 1
+            tl.debug_barrier()  # before the next tile's scores
+
+
+def refusal(function: str, args: tuple) -> str | None:
+    """Why these kernels can't run this call, or None."""
+    if function == "top_k":
+        scores, budget = args[0], args[3]
+        keys = scores.shape[1]
+        reason = None if scores.dtype == torch.float32 else f"Triton kernels select from float32 scores, not from {scores.dtype}"
+    else:
+        keys, budget = args[1].shape[1], args[7]
+        reason = score.refusal(function, args)
+    if reason is None and min(budget, keys) > BUDGET:
+        reason = f"Triton kernels select up to {BUDGET} keys, got a budget of {budget}"
+    return reason
+
+
+def sampling(budget: int, S: int, BN: int) -> tuple[int, int, int]:
+    """(strata, keys in one, candidates that a row may have) for the best `budget` of up to S keys; no strata if all may be candidates."""
+    strata = max(16, min(SAMPLE, triton.next_power_of_2(S) // 8, triton.next_power_of_2(triton.cdiv(128 * S, budget))))
+    while True:
+        stride = triton.cdiv(S, strata)
+        expected = budget / stride
+        wanted = (expected + 5 * math.sqrt(expected) + 4) * 17 / 16  # as in threshold_kernel
+        likely = stride * (wanted + 5 * math.sqrt(wanted)) + BN * ROOM
+        capacity = triton.next_power_of_2(max(CAPACITY, budget, math.ceil(likely)))
+        if capacity >= S:
+            return 0, 1, max(CAPACITY, triton.next_power_of_2(S))
+        if capacity <= 2 * BUDGET:
+            return strata, stride, capacity
+        strata *= 2
+
+
+def _select(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    strides: tuple[int, ...],
+    sizes: tuple[int, int, int, int, int],
+    tile: Tile,
+    start: Tensor,
+    end: Tensor,
+    budget: int,
+    keep_first: int,
+    keep_recent: int,
+    with_scores: bool,
+    workspace_mb: int,
+    constants: dict[str, int | bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, T, S, J, E = sizes
+    device, rows = start.device, B * T
+    start, end = start.contiguous(), end.contiguous()
+    indices = torch.empty(B, T, budget, dtype=torch.int32, device=device)
+    counts = torch.empty(B, T, dtype=torch.int32, device=device)
+    chosen = torch.empty((B, T, budget) if with_scores else (0,), dtype=torch.float32, device=device)
+    lse = torch.empty((B, T) if with_scores else (0,), dtype=torch.float32, device=device)
+    if S == 0:
+        return indices.fill_(-1), counts.zero_(), chosen.fill_(-torch.inf), lse.fill_(-torch.inf)
+    if rows == 0:
+        return indices, counts, chosen, lse
+
+    strata, stride, capacity = sampling(min(budget, S), S, tile.BN)
+    BN, BQ = tile.BN, tile.BQ
+    row_tiles = triton.cdiv(T, BQ)
+    tiles = B * row_tiles
+    splits = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(S, SPLIT))
+    split = triton.cdiv(triton.cdiv(S, splits), BN) * BN
+    splits = triton.cdiv(S, split)
+    segment = min(capacity, split) + BN
+    # One piece of memory holds the sample of a chunk of rows, then their candidates, then all scores of those that are done again.
+    per_row = max(8 * splits * segment, 4 * strata)
+    step = max(1, (workspace_mb << 20) // (BQ * (per_row + 16 * splits)))
+    step = min(tiles, step // PROGRAMS * PROGRAMS or step)  # whole waves of programs
+    held = min(rows, step * BQ)
+    again, scratch = min(PROGRAMS, tiles), 0
+    if strata and not constants["LOADED"]:
+        again = max(1, min(again, (workspace_mb << 20) // (4 * BQ * S)))
+        scratch = again * 4 * BQ * S
+    memory = torch.empty(triton.cdiv(max(held * per_row, scratch), 8), dtype=torch.int64, device=device)
+    points = torch.empty(held, dtype=torch.float32, device=device)
+    positions, flags = (torch.empty(held, dtype=torch.int32, device=device) for _ in range(2))
+    found = torch.empty(held, splits, dtype=torch.int32, device=device)
+    maxima, sums = (torch.empty((held, splits) if with_scores else (0,), dtype=torch.float32, device=device) for _ in range(2))
+
+    keep = keep_first, keep_recent
+    shapes = {**tile.constants, **constants, "STAGES": tile.stages, "num_warps": tile.WARPS, "enable_fp_fusion": True}
+    for tile0 in range(0, tiles, step):
+        number = min(step, tiles - tile0)
+        row0, last = (n // row_tiles * T + n % row_tiles * BQ for n in (tile0, tile0 + number))
+        here = min(last, rows) - row0
+        place = tile0, row0, T, S, J, E
+        if strata:
+            shares = min(triton.cdiv(PROGRAMS, number), triton.cdiv(strata, BN))
+            share = triton.cdiv(triton.cdiv(strata, shares), BN) * BN
+            sample_kernel[(number, triton.cdiv(strata, share))](
+                *inputs, start, end, memory.view(torch.int32), *strides, *place, *keep, capacity, stride, share, **shapes, BM=strata
+            )
+            threshold_kernel[(here,)](
+                memory.view(torch.int32), start, end, points, positions, row0, S, budget, capacity, stride,
+                BM=strata, num_warps=min(16, max(4, strata // 1024)),
+            )  # fmt: skip
+        candidates_kernel[(number, splits)](
+            *inputs, start, end, points, positions, memory, found, maxima, sums, *strides, *place, budget, *keep, split, segment,
+            **shapes, SAMPLED=strata > 0, DIRECT=not INTERPRETED, ROW_WARPS=min(tile.WARPS, tile.BN // 16), KEEP=sum(keep) > 0,
+            WITH_SCORES=with_scores,
+        )  # fmt: skip
+        choose_kernel[(here,)](
+            memory, found, maxima, sums, start, end, indices, counts, chosen, lse, flags, row0, S, budget, *keep, splits, segment,
+            BC=capacity, WITH_SCORES=with_scores, num_warps=min(16, max(4, capacity // 2048)),
+        )  # fmt: skip
+        if strata:
+            exhaustive_kernel[(again,)](
+                *inputs, start, end, flags, memory.view(torch.float32), indices, chosen, *strides, tile0, row0, number, T, S, J, E, budget, *keep,
+                **shapes, WITH_SCORES=with_scores, BS=1024,
+            )  # fmt: skip
+    return indices, counts, chosen, lse
+
+
+def select(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    start: Tensor,
+    end: Tensor,
+    budget: int,
+    keep_first: int,
+    keep_recent: int,
+    with_scores: bool,
+    workspace_mb: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """indices `[B, T, K]`, counts `[B, T]`, and with `with_scores` their scores `[B, T, K]` and the lse `[B, T]`."""
+    (B, T, J, E), S = q.shape, k.shape[1]
+    w = head_weights(weights, q_scale, E)
+    q, k, k_scale = operands(q, k, k_scale)
+    tile = Tile.of(q)
+    constants: dict[str, int | bool] = {"PADDED": J % tile.BJ != 0, "SCALED": k_scale is not None, "LOADED": False}
+    inputs = q, k, w, w if k_scale is None else k_scale
+    strides = *q.stride()[:3], *k.stride()[:2]
+    return _select(inputs, strides, (B, T, S, J, E), tile, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, constants)
+
+
+def top_k(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb: int = 512) -> tuple[Tensor, Tensor]:
+    """The `budget` best of scores that are there already, in the order of `select`.
+
+    Args:
+        scores: float32 `[rows, S]`.
+        start, end: int32 `[rows]`: the keys that a row may choose from.
+
+    Returns:
+        indices int32 `[rows, K]`, ascending with -1 behind, and counts int32 `[rows]`.
+    """
+    rows, S = scores.shape
+    tile = Tile(BN=2048, BQ=1, BJ=1, BE=16, HEADS=1, WARPS=4, stages=3)
+    constants: dict[str, int | bool] = {"PADDED": False, "SCALED": False, "LOADED": True}
+    strides = 0, scores.stride(0), 0, 0, 0
+    inputs = (scores,) * 4
+    indices, counts, _, _ = _select(
+        inputs, strides, (1, rows, S, 1, 1), tile, start[None], end[None], budget, 0, 0, False, workspace_mb, constants
+    )  # fmt: skip
+    return indices[0], counts[0]

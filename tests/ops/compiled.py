@@ -1,0 +1,85 @@
+"""Compiles what an operator would launch, for a GPU that is not here, and reads what the assembler says of it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as it would be launched: its compile-time constants, registers a thread, spilled bytes, bytes of shared memory."""
+
+    name: str
+    constants: dict[str, Any]
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    ptx: str
+
+    @property
+    def matrix_unit(self) -> str | None:
+        """Which instructions of the matrix units it has: a warp group's, which read shared memory, or a warp's."""
+        return next((name for name in ("wgmma", "mma.sync") if name in self.ptx), None)
+
+
+class _Driver:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def _usage(report: str) -> tuple[int, int]:
+    """Registers a thread and bytes spilled, stores and loads, from the assembler's report."""
+    return int(re.findall(r"Used (\d+) registers", report)[0]), sum(int(size) for size in re.findall(r"(\d+) bytes spill", report))
+
+
+@contextlib.contextmanager
+def compiling(capability: int) -> Iterator[list[Compiled]]:
+    """Within it every launch of a kernel only compiles it, for that compute capability (90: sm_90); yields what was compiled for the first time."""
+    found: list[Compiled] = []
+    launch, before = JITFunction.run, driver._active
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) as report:
+            kernel = launch(self, *args, grid=(1,), warmup=True, **options)
+        if report.getvalue():  # else it was compiled before
+            constants = {self.arg_names[place[0]]: value for place, value in kernel.src.constants.items()}
+            metadata = kernel.metadata
+            usage = _usage(report.getvalue())
+            found.append(Compiled(metadata.name, constants, *usage, metadata.shared, metadata.num_warps, kernel.asm["ptx"]))
+        return kernel
+
+    JITFunction.run = run
+    driver.set_active(_Driver(capability))
+    try:
+        with knobs.nvidia.scope(), knobs.compilation.scope():
+            knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+            yield found
+    finally:
+        JITFunction.run = launch
+        driver._active = before
