@@ -77,23 +77,29 @@ def _rows(tile, first_head, T, HEADS: tl.constexpr, TILE: tl.constexpr, BLOCK_H:
 
 
 @triton.jit
-def _block(READS, BITS, at, end, i, low, high, BLOCK_K: tl.constexpr, MODE: tl.constexpr):
-    """The keys at positions `at` to `at + BLOCK_K` of what a tile walks: the keys, which of them are real, and who reads them."""
+def _load_keys(READS, at, end, BLOCK_K: tl.constexpr, MODE: tl.constexpr):
+    """The keys at positions `at` to `at + BLOCK_K` of what a tile walks, -1 where there is none."""
     slot = at + tl.arange(0, BLOCK_K)
-    inside = slot < end
     if MODE == DENSE:
-        key, real = slot, inside
+        key = tl.where(slot < end, slot, -1)
+    else:
+        key = tl.load(READS + slot, mask=slot < end, other=-1)
+    return key
+
+
+@triton.jit
+def _readers(key, BITS, at, end, i, low, high, BLOCK_K: tl.constexpr, MODE: tl.constexpr):
+    """Which matrix rows read which keys of a block."""
+    if MODE == DENSE:
+        slot = at + tl.arange(0, BLOCK_K)
         reads = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
     elif MODE == UNION:
-        key, real = tl.load(READS + slot, mask=inside, other=0), inside
-        bits = tl.load(BITS + slot, mask=inside, other=0)
+        slot = at + tl.arange(0, BLOCK_K)
+        bits = tl.load(BITS + slot, mask=slot < end, other=0)
         reads = (bits[None, :] & (1 << i)[:, None]) != 0
     else:
-        key = tl.load(READS + slot, mask=inside, other=-1)
-        real = key >= 0
-        key = tl.maximum(key, 0)
-        reads = real[None, :]
-    return key.to(tl.int64), real, reads
+        reads = (key >= 0)[None, :]
+    return reads
 
 
 @triton.jit
@@ -169,8 +175,17 @@ def forward(
     largest = tl.full([TILE * BLOCK_H], -1e30, tl.float32)
     total = tl.zeros([TILE * BLOCK_H], tl.float32)
     acc = tl.zeros([TILE * BLOCK_H, V0], tl.float32)
+    if MODE == ROWS:
+        ahead = _load_keys(READS, begin, end, BLOCK_K, MODE)
     for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        key, real, reads = _block(READS, BITS, at, end, i, low, high, BLOCK_K, MODE)
+        if MODE == ROWS:
+            block = ahead
+            ahead = _load_keys(READS, at + BLOCK_K, end, BLOCK_K, MODE)  # so that gathers needn't wait for it
+        else:  # registers are short where tiles are large: measured, they are worth more than the wait
+            block = _load_keys(READS, at, end, BLOCK_K, MODE)
+        real = block >= 0
+        reads = _readers(block, BITS, at, end, i, low, high, BLOCK_K, MODE)
+        key = tl.maximum(block, 0).to(tl.int64)
         k0 = _channels(keys, key, real, k_s, 0, D0, D)
         s = _dot(q0, tl.trans(k0))
         if D1 > 0:
@@ -325,8 +340,12 @@ def backward(
 
     natural = scale / LOG2E
     dq0 = tl.zeros([TILE * BLOCK_H, D0], tl.float32)
+    ahead = _load_keys(READS, begin, end, BLOCK_K, MODE)
     for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        key, real, reads = _block(READS, BITS, at, end, i, low, high, BLOCK_K, MODE)
+        block, real = ahead, ahead >= 0
+        ahead = _load_keys(READS, at + BLOCK_K, end, BLOCK_K, MODE)  # so that gathers needn't wait for it
+        reads = _readers(block, BITS, at, end, i, low, high, BLOCK_K, MODE)
+        key = tl.maximum(block, 0).to(tl.int64)
         k0 = _channels(keys, key, real, k_s, 0, D0, D)
         s = _dot(q0, tl.trans(k0))
         if D1 > 0:

@@ -523,7 +523,7 @@ def _select(
     BN, BQ = tile.BN, tile.BQ
     row_tiles = triton.cdiv(T, BQ)
     tiles = B * row_tiles
-    splits = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(S, SPLIT))
+    splits = min(triton.cdiv(2 * PROGRAMS, tiles), triton.cdiv(S, SPLIT))
     split = triton.cdiv(triton.cdiv(S, splits), BN) * BN
     splits = triton.cdiv(S, split)
     segment = min(capacity, split) + BN
@@ -566,7 +566,7 @@ def _select(
         )  # fmt: skip
         choose_kernel[(here,)](
             memory, found, maxima, sums, start, end, indices, counts, chosen, lse, flags, row0, S, budget, *keep, splits, segment,
-            BC=capacity, WITH_SCORES=with_scores, num_warps=min(16, max(4, capacity // 2048)),
+            BC=capacity, WITH_SCORES=with_scores, num_warps=min(16, max(4, capacity // (2048 if here > PROGRAMS else 512))),
         )  # fmt: skip
         if strata:
             exhaustive_kernel[(again,)](
