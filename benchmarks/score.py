@@ -2,7 +2,7 @@
 
     python benchmarks/score.py benchmarks/results/*.json
 
-Later files win where two hold the same measurement. Targets that none of the files measures stay as they are.
+Later files win where two hold the same measurement. A target that none of the files measures stays as it is, or has no value yet.
 """
 
 from __future__ import annotations
@@ -197,6 +197,11 @@ TARGETS = (
 )
 
 
+def unmeasured(target: Target) -> Row:
+    nothing = dict.fromkeys(("device", "commit", "command", "result"))
+    return {"id": target.id, "what": target.what, "goal": target.goal, "value": None, "unit": target.unit, "met": False, **nothing}
+
+
 def score(target: Target, results: Iterable[tuple[str, Row]]) -> Row | None:
     """The target's entry by the last result that holds each of its clauses; None if none holds any.
 
@@ -231,11 +236,14 @@ def main() -> None:
     entries = {entry["id"]: entry for entry in before}
     for target in TARGETS:
         entry = score(target, results)
-        if entry is not None:
+        if entry is None:
+            entries.setdefault(target.id, unmeasured(target))
+        else:
             entries[target.id] = entry
             print(f"{'met   ' if entry['met'] else 'MISSED'} {target.id:<4} {entry['value']} ({target.goal})", file=sys.stderr)
     temporary = arguments.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(list(entries.values()), indent=2) + "\n")
+    ordered = [entries.pop(target.id) for target in TARGETS]
+    temporary.write_text(json.dumps([*ordered, *entries.values()], indent=2) + "\n")
     os.replace(temporary, arguments.out)
 
 

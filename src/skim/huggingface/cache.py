@@ -46,8 +46,17 @@ def _twin(layer_class: Any) -> Any:
             self._change(lambda keys: keys.to("cpu", non_blocking=True))
 
         def prefetch(self) -> None:
+            if self.index_keys is None or torch.device(self.device).type != "cuda":
+                super().prefetch()
+                self._change(lambda keys: keys.to(self.device, non_blocking=True))
+                return
+            # It has a stream of its own, while `offload` may still be copying on the default one, which will read what comes back.
+            default = torch.cuda.default_stream(self.device)
+            torch.cuda.current_stream(self.device).wait_stream(default)
             super().prefetch()
-            self._change(lambda keys: keys.to(self.device, non_blocking=True))
+            self.index_keys = self.index_keys.to(self.device, non_blocking=True)
+            for fetched in (self.keys, self.values, self.index_keys):
+                fetched.record_stream(default)
 
         def reset(self) -> None:
             super().reset()

@@ -7,6 +7,7 @@ or None. "auto" takes the first that does not refuse; a name that the user gave 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from importlib import import_module, util
@@ -14,13 +15,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 OPERATORS = ("score", "select", "attend", "align", "codec")
 IMPLEMENTATIONS = ("triton", "numba", "reference")  # the fastest first
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 SM = (8, 0)  # the first NVIDIA GPUs with bf16 matrix units and asynchronous copies
 
 
-@cache
 def _without(implementation: str, device_type: str, index: int | None) -> str | None:
     """Why `implementation` runs nothing on this device, or None."""
     if implementation == "triton":
@@ -40,9 +42,10 @@ def _without(implementation: str, device_type: str, index: int | None) -> str | 
     return None
 
 
-def _module(operator: str, implementation: str, device: torch.device) -> ModuleType | str:
+@cache
+def _module(operator: str, implementation: str, device_type: str, index: int | None) -> ModuleType | str:
     """The module of that implementation, or why there is none on this device."""
-    if reason := _without(implementation, device.type, device.index):
+    if reason := _without(implementation, device_type, index):
         return reason
     name = f"skim.ops.{operator}.{implementation}"
     return import_module(name) if util.find_spec(name) else f"{operator} has no {implementation} implementation"
@@ -69,7 +72,7 @@ def implementation(operator: str, impl: str, device: torch.device, function: str
         candidates = tuple(name for name in IMPLEMENTATIONS if name != "triton" or device.type == "cuda")
     reason: str | None = None
     for name in candidates:
-        module = _module(operator, name, device)
+        module = _module(operator, name, device.type, device.index)
         if isinstance(module, str):
             reason = module
             continue
@@ -77,6 +80,17 @@ def implementation(operator: str, impl: str, device: torch.device, function: str
         if reason is None:
             return module
     raise ValueError(f"impl: {impl!r} cannot run {operator}{'' if function is None else f' ({function})'} on {device}: {reason}")
+
+
+def call(op: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    """The library operator `op`, or directly the function behind it where nothing but its values is asked for.
+
+    A library operator costs some 100 microseconds a call; gradients, compilers and tensors that stand for others need it.
+    """
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or any(type(x) not in PLAIN for x in tensors)
+    return op(*args) if recorded or watched else function(*args)
 
 
 def run(operator: str, function: str, impl: str, device: torch.device, *args: Any) -> Any:

@@ -14,7 +14,7 @@ from skim.ops.checks import (
     expect_shape,
     expect_tensor,
 )
-from skim.ops.dispatch import run
+from skim.ops.dispatch import call, run
 from skim.ops.workspace import accumulator, unscaled, workspace
 from skim.selection import Selection
 
@@ -84,12 +84,11 @@ def align(
     teacher = q.detach(), k.detach()
     target_lse = None if lse is None else lse.detach()
     mb = workspace(workspace_mb, q.device)
-    loss, *_ = _align(*teacher, q_values, k_values, weights, start, end, indices, target_lse, factor, name, mb, impl)
+    loss, *_ = call(_align, _run_align, *teacher, q_values, k_values, weights, start, end, indices, target_lse, factor, name, mb, impl)
     return loss
 
 
-@torch.library.custom_op("skim::align", mutates_args=())
-def _align(
+def _run_align(
     q: Tensor,
     k: Tensor,
     q_index: Tensor,
@@ -105,6 +104,9 @@ def _align(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return run("align", "align", impl, q.device, q, k, q_index, k_index, weights, start, end, indices, lse, scale, group, workspace_mb)
+
+
+_align = torch.library.custom_op("skim::align", mutates_args=())(_run_align)
 
 
 @_align.register_fake

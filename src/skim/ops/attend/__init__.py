@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skim.ops.checks import expect_attention_inputs, expect_device, expect_interval, expect_selection, expect_shape, expect_sink, expect_tensor
-from skim.ops.dispatch import run
+from skim.ops.dispatch import call, run
 from skim.ops.workspace import accumulator, workspace
 from skim.selection import Selection
 
@@ -76,7 +76,8 @@ def attend(
         slot = torch.arange(indices.shape[-1], device=indices.device)
         indices = indices.masked_fill(slot >= counts[..., None], -1)
     expect_sink(sink, H, q.device)
-    return _attend(q, k, v, indices, sink, V, D**-0.5 if scale is None else scale, workspace(workspace_mb, q.device), impl)
+    scale, mb = D**-0.5 if scale is None else scale, workspace(workspace_mb, q.device)
+    return call(_attend, _run_attend, q, k, v, indices, sink, V, scale, mb, impl)
 
 
 def attend_dense(
@@ -108,7 +109,8 @@ def attend_dense(
     B, T, H, D = q.shape
     start, end = expect_interval(start, end, B, T, k.shape[1], q.device)
     expect_sink(sink, H, q.device)
-    return _attend_dense(q, k, v, start, end, sink, V, D**-0.5 if scale is None else scale, workspace(workspace_mb, q.device), impl)
+    scale, mb = D**-0.5 if scale is None else scale, workspace(workspace_mb, q.device)
+    return call(_attend_dense, _run_attend_dense, q, k, v, start, end, sink, V, scale, mb, impl)
 
 
 def _fake_attend(q: Tensor, v_channels: int) -> tuple[Tensor, Tensor]:
@@ -121,11 +123,13 @@ def _fake_backward(q: Tensor, k: Tensor, v: Optional[Tensor], sink: Optional[Ten
     return torch.empty_like(q), k.new_empty(k.shape), dv, q.new_empty(0, dtype=accumulator(q.dtype)) if sink is None else torch.empty_like(sink)
 
 
-@torch.library.custom_op("skim::attend", mutates_args=())
-def _attend(
+def _run_attend(
     q: Tensor, k: Tensor, v: Optional[Tensor], indices: Tensor, sink: Optional[Tensor], v_channels: int, scale: float, workspace_mb: int, impl: str
 ) -> tuple[Tensor, Tensor]:
     return run("attend", "attend", impl, q.device, q, k, v, indices, v_channels, scale, sink, workspace_mb)
+
+
+_attend = torch.library.custom_op("skim::attend", mutates_args=())(_run_attend)
 
 
 @_attend.register_fake
@@ -157,8 +161,7 @@ def _(grad, dlse, q, k, v, indices, sink, out, lse, v_channels, scale, workspace
     return _fake_backward(q, k, v, sink)
 
 
-@torch.library.custom_op("skim::attend_dense", mutates_args=())
-def _attend_dense(
+def _run_attend_dense(
     q: Tensor,
     k: Tensor,
     v: Optional[Tensor],
@@ -171,6 +174,9 @@ def _attend_dense(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     return run("attend", "attend_dense", impl, q.device, q, k, v, start, end, v_channels, scale, sink, workspace_mb)
+
+
+_attend_dense = torch.library.custom_op("skim::attend_dense", mutates_args=())(_run_attend_dense)
 
 
 @_attend_dense.register_fake

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skim.ops.dispatch import run
+from skim.ops.dispatch import call, run
 
 SCALE_BYTES = 4
 LATENT, LATENT_BLOCK, ROPE = 512, 128, 64  # channels of DeepSeek's latent cache, those that share a scale, rotated ones
@@ -29,12 +29,12 @@ def quantise(x: Tensor, *, scale_format: str = "float32", impl: str = "auto") ->
     """
     if scale_format not in ("float32", "ue8m0"):
         raise ValueError(f"scale_format: expected 'float32' or 'ue8m0', got {scale_format!r}")
-    return _quantise(x.contiguous(), scale_format, impl)
+    return call(_quantise, _run_quantise, x.contiguous(), scale_format, impl)
 
 
 def dequantise(values: Tensor, scale: Tensor, *, impl: str = "auto") -> Tensor:
     """float32 `[..., E]` of `quantise`'s values `[..., E]` and scales `[...]`."""
-    return _dequantise(values.contiguous(), scale, impl)
+    return call(_dequantise, _run_dequantise, values.contiguous(), scale, impl)
 
 
 def hadamard(x: Tensor, *, impl: str = "auto") -> Tensor:
@@ -48,7 +48,7 @@ def hadamard(x: Tensor, *, impl: str = "auto") -> Tensor:
     E = x.shape[-1]
     if E < 1 or E & (E - 1):
         raise ValueError(f"x: expected a last axis of a power of two, got {E}")
-    return _hadamard(x.contiguous(), impl)
+    return call(_hadamard, _run_hadamard, x.contiguous(), impl)
 
 
 def pack(values: Tensor, scale: Tensor) -> Tensor:
@@ -118,9 +118,11 @@ def unpack_latent(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values.contiguous().view(torch.float8_e4m3fn), scale.contiguous().view(torch.float32), rope.contiguous().view(torch.bfloat16)
 
 
-@torch.library.custom_op("skim::quantise", mutates_args=())
-def _quantise(x: Tensor, scale_format: str, impl: str) -> tuple[Tensor, Tensor]:
+def _run_quantise(x: Tensor, scale_format: str, impl: str) -> tuple[Tensor, Tensor]:
     return run("codec", "quantise", impl, x.device, x, scale_format)
+
+
+_quantise = torch.library.custom_op("skim::quantise", mutates_args=())(_run_quantise)
 
 
 @_quantise.register_fake
@@ -128,9 +130,11 @@ def _(x, scale_format, impl):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("skim::dequantise", mutates_args=())
-def _dequantise(values: Tensor, scale: Tensor, impl: str) -> Tensor:
+def _run_dequantise(values: Tensor, scale: Tensor, impl: str) -> Tensor:
     return run("codec", "dequantise", impl, values.device, values, scale)
+
+
+_dequantise = torch.library.custom_op("skim::dequantise", mutates_args=())(_run_dequantise)
 
 
 @_dequantise.register_fake
@@ -138,9 +142,11 @@ def _(values, scale, impl):  # type: ignore[no-untyped-def]
     return values.new_empty(values.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("skim::hadamard", mutates_args=())
-def _hadamard(x: Tensor, impl: str) -> Tensor:
+def _run_hadamard(x: Tensor, impl: str) -> Tensor:
     return run("codec", "hadamard", impl, x.device, x)
+
+
+_hadamard = torch.library.custom_op("skim::hadamard", mutates_args=())(_run_hadamard)
 
 
 @_hadamard.register_fake

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skim.ops.checks import Quantised, expect_index_inputs, expect_interval
-from skim.ops.dispatch import run
+from skim.ops.dispatch import call, run
 from skim.ops.workspace import accumulator, workspace
 
 
@@ -41,11 +41,10 @@ def index_scores(
     """
     q, k, weights, q_scale, k_scale = expect_index_inputs(q_index, k_index, weights)
     start, end = expect_interval(start, end, q.shape[0], q.shape[1], k.shape[1], q.device)
-    return _index_scores(q, k, weights, q_scale, k_scale, start, end, workspace(workspace_mb, q.device), impl)
+    return call(_index_scores, _run_index_scores, q, k, weights, q_scale, k_scale, start, end, workspace(workspace_mb, q.device), impl)
 
 
-@torch.library.custom_op("skim::index_scores", mutates_args=())
-def _index_scores(
+def _run_index_scores(
     q: Tensor,
     k: Tensor,
     weights: Tensor,
@@ -57,6 +56,9 @@ def _index_scores(
     impl: str,
 ) -> Tensor:
     return run("score", "index_scores", impl, q.device, q, k, weights, q_scale, k_scale, start, end, workspace_mb)
+
+
+_index_scores = torch.library.custom_op("skim::index_scores", mutates_args=())(_run_index_scores)
 
 
 @_index_scores.register_fake

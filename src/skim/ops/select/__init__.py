@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skim.ops.checks import Quantised, expect_index_inputs, expect_interval, expect_shape, expect_tensor
-from skim.ops.dispatch import run
+from skim.ops.dispatch import call, run
 from skim.ops.workspace import accumulator, workspace
 from skim.selection import Selection
 
@@ -71,15 +71,15 @@ def select(
         start, end = start.repeat_interleave(R, 1), end.repeat_interleave(R, 1)
     q, k, weights = q.detach(), k.detach(), weights.detach()
     mb = workspace(workspace_mb, q.device)
-    indices, counts, scores, lse = _select(q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, mb, impl)
+    args = q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, mb, impl
+    indices, counts, scores, lse = call(_select, _run_select, *args)
     shape = (B, T, R, budget)
     if not with_scores:
         return Selection(indices.view(shape), counts.view(B, T, R))
     return Selection(indices.view(shape), counts.view(B, T, R), scores.view(shape)), lse.view(B, T, R)
 
 
-@torch.library.custom_op("skim::select", mutates_args=())
-def _select(
+def _run_select(
     q: Tensor,
     k: Tensor,
     weights: Tensor,
@@ -96,6 +96,9 @@ def _select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     args = q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb
     return run("select", "select", impl, q.device, *args)
+
+
+_select = torch.library.custom_op("skim::select", mutates_args=())(_run_select)
 
 
 @_select.register_fake
