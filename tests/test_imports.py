@@ -15,7 +15,7 @@ from skim.ops.dispatch import IMPLEMENTATIONS
 
 SOURCE = Path(__file__).parent.parent / "src"
 FILES = sorted(SOURCE.rglob("*.py"))
-EXTRAS = ("transformers", "triton", "accelerate", "gguf", "huggingface_hub", "tokenizers", "datasets", "peft", "matplotlib", "jinja2")
+EXTRAS = ("transformers", "triton", "numba", "accelerate", "gguf", "huggingface_hub", "tokenizers", "datasets", "peft", "matplotlib", "jinja2")
 
 # A room and the rooms that it may import, itself aside. The root package holds the public names, so it stands on top.
 BOTTOM = {"config", "selection"}

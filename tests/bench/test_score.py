@@ -64,6 +64,8 @@ def test_other_entries_of_the_file_stay(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["score.py", str(measured), "--out", str(out)])
     score.main()
     entries = {entry["id"]: entry for entry in json.loads(out.read_text())}
-    assert set(entries) == {"R1", "K11"} and entries["K11"]["met"] is False and entries["K11"]["value"] == 2.0
+    assert set(entries) == {"R1", *TARGETS} and entries["R1"]["value"] == 1
+    assert entries["K11"]["met"] is False and entries["K11"]["value"] == 2.0
+    assert entries["K1"]["met"] is False and entries["K1"]["value"] is None  # nobody measured it yet
     assert "MISSED K11" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from skim.ops import dispatch
+
 HERE = Path(__file__).parent
 for folder in (HERE, HERE.parent):
     if str(folder) not in sys.path:
@@ -20,3 +22,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["reference", "numba"])
+def both_on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What auto takes on a CPU: each in turn, so that the oracle is tested as well as what users get."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+        yield
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "IMPLEMENTATIONS", ("reference",))
+            yield

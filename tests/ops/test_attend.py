@@ -16,6 +16,8 @@ from torch import Tensor
 from skim.ops import attend, attend_dense, visible
 from skim.selection import Selection
 
+pytestmark = pytest.mark.usefixtures("both_on_the_cpu")
+
 
 def backward(out: Tensor, lse: Tensor, seed: int = 50) -> None:
     """Gradients of random size through out and, where a row reads something, through lse."""

@@ -1,5 +1,6 @@
 import struct
 
+import numpy as np
 import pytest
 import torch
 from cases import normal
@@ -138,6 +139,45 @@ def test_slices_of_a_packed_cache_unpack():
     cache[:, 5:14] = codec.pack(values, scale)
     got, got_scale = codec.unpack(cache[:, 5:14])
     assert torch.equal(got.float(), values.float()) and torch.equal(got_scale, scale)
+
+
+def test_the_bytes_of_a_page_are_all_values_then_all_scales():
+    values, scale = codec.quantise(normal(2, 70, 128))
+    pages = codec.pack_pages(values, scale)
+    assert pages.shape == (2, 2, 64 * 132) and pages.dtype == torch.uint8
+    by_hand = np.zeros((2, 2, 64 * 132), np.uint8)
+    for b, t in np.ndindex(2, 70):
+        page, slot = divmod(t, 64)
+        by_hand[b, page, slot * 128 : slot * 128 + 128] = values[b, t].view(torch.uint8).numpy()
+        by_hand[b, page, 64 * 128 + slot * 4 : 64 * 128 + slot * 4 + 4] = np.frombuffer(struct.pack("<f", scale[b, t].item()), np.uint8)
+    assert np.array_equal(pages.numpy(), by_hand)
+    got, got_scale = codec.unpack_pages(pages)
+    assert torch.equal(got[:, :70].float(), values.float()) and torch.equal(got_scale[:, :70], scale)
+    assert got.shape == (2, 128, 128) and not bool(got[:, 70:].float().any()) and not bool(got_scale[:, 70:].any())
+
+
+def test_pages_have_any_size_and_hold_any_number_of_channels():
+    values, scale = codec.quantise(normal(6, 32))
+    pages = codec.pack_pages(values, scale, page=2)
+    assert pages.shape == (3, 72)
+    got, got_scale = codec.unpack_pages(pages, page=2)
+    assert torch.equal(got.float(), values.float()) and torch.equal(got_scale, scale)
+
+
+def test_the_bytes_of_a_latent_token():
+    values, scale = codec.quantise(normal(2, 3, 4, 128))
+    values, rope = values.flatten(2), normal(2, 3, 64, dtype=torch.bfloat16)
+    packed = codec.pack_latent(values, scale, rope)
+    assert packed.shape == (2, 3, 656) and packed.dtype == torch.uint8
+    row = packed[1, 2].numpy().tobytes()
+    assert row[:512] == values[1, 2].view(torch.uint8).numpy().tobytes()
+    assert struct.unpack("<4f", row[512:528]) == tuple(scale[1, 2].tolist())
+    upper_halves = np.frombuffer(row[528:], "<u2").astype(np.uint32) << 16  # a bfloat16 is the upper half of a float32
+    assert upper_halves.view(np.float32).tolist() == rope[1, 2].tolist()
+    for got, wanted in zip(codec.unpack_latent(packed), (values, scale, rope), strict=True):
+        assert got.dtype == wanted.dtype and torch.equal(got.float(), wanted.float())
+    with pytest.raises(ValueError, match=r"rope: expected torch.bfloat16 \[..., 64\], got torch.float32"):
+        codec.pack_latent(values, scale, rope.float())
 
 
 def test_errors_name_the_argument():

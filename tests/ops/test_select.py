@@ -12,6 +12,8 @@ from torch import Tensor
 from skim.ops import codec, index_scores, select, visible
 from skim.selection import Selection
 
+pytestmark = pytest.mark.usefixtures("both_on_the_cpu")
+
 
 def rows_of(selection: Selection) -> list[list[int]]:
     """The selected positions of every row, in order of B, T, R."""

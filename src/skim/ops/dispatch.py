@@ -69,7 +69,8 @@ def implementation(operator: str, impl: str, device: torch.device, function: str
         raise ValueError(f"impl: expected 'auto' or one of {IMPLEMENTATIONS} for {operator!r}, got {impl!r}")
     candidates: tuple[str, ...] = (impl,)
     if impl == "auto":  # kernels under the interpreter are for tests, which ask for them by name
-        candidates = tuple(name for name in IMPLEMENTATIONS if name != "triton" or device.type == "cuda")
+        interpreted = device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        candidates = tuple(name for name in IMPLEMENTATIONS if name != "triton" or not interpreted)
     reason: str | None = None
     for name in candidates:
         module = _module(operator, name, device.type, device.index)

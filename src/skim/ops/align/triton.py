@@ -261,7 +261,7 @@ def align(
             first, scale * LOG2E.value, T, S, tiles_of(T, tile.queries), 0 if selected is None else selected.shape[-1],
             *q.stride()[:3], *k.stride()[:3], *query.stride()[:3],
             H, G, D, J, E, triton.next_power_of_2(J), max(16, triton.next_power_of_2(E)),
-            tile.queries, tile.keys, tile.heads, tile.channels, gain, selected is not None, num_warps=tile.warps,
+            tile.queries, tile.keys, tile.heads, tile.channels, gain, selected is not None, num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     if indices is None:

@@ -539,11 +539,13 @@ def _launch_forward(
         q, k, values, into, into_lse, sink, list_, bits, counts, start, end,
         first, scale * LOG2E.value, T, S, tiles, width, limit, B * T * H, *_strides(q, k, values),
         H, G, R, D, plan.D0, plan.D1, V, plan.V0, plan.TILE, plan.BLOCK_H, plan.BLOCK_K, plan.STAGES, splits,
-        mode, shared_tile, sink is not None and splits == 1, plan.VALUES_IN_KEYS, num_warps=plan.warps, maxnreg=plan.registers,
+        mode, shared_tile, sink is not None and splits == 1, plan.VALUES_IN_KEYS, num_warps=plan.warps, maxnreg=plan.registers, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         wide = triton.next_power_of_2(splits)
-        combine[(B * T * H,)](into, into_lse, out, lse, sink, B * T * H, H, V, plan.V0, splits, wide, sink is not None, num_warps=4)
+        combine[(B * T * H,)](
+            into, into_lse, out, lse, sink, B * T * H, H, V, plan.V0, splits, wide, sink is not None, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def _contiguous_channels(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -619,7 +621,7 @@ def _prepare(grad: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, sink: Tensor 
     block = max(1, 4096 // V0)
     prepare[(triton.cdiv(B * T * H, block),)](
         out.contiguous(), grad, dlse.contiguous(), lse.contiguous(), sink, full, shift, dsink, *_strides(grad),
-        T, B * T * H, H, V, V0, block, sink is not None, num_warps=4,
+        T, B * T * H, H, V, V0, block, sink is not None, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     total = dsink.sum((0, 1)) if sink is None else dsink.sum((0, 1)).to(sink.dtype)
     return _Prepared(grad, full, shift, total)
@@ -654,7 +656,7 @@ def _launch_backward(
         q, k, values, p.grad, p.full, p.shift, dq, dk, dv, factors, list_, bits, counts, start, end,
         first, scale * LOG2E.value, T, S, tiles, reads[0].shape[-1] if reads else 0, limit, *_strides(q, k, values, p.grad),
         H, G, R, D, plan.D0, plan.D1, p.grad.shape[3], plan.V0, plan.TILE, plan.BLOCK_H, plan.BLOCK_K, plan.STAGES,
-        mode, shared_tile, plan.VALUES_IN_KEYS, factors is not None, num_warps=plan.warps,
+        mode, shared_tile, plan.VALUES_IN_KEYS, factors is not None, num_warps=plan.warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -747,6 +749,6 @@ def attend_dense_backward(
             q, k, values, prepared.grad, prepared.full, prepared.shift, dk, dv, start, end, scale * LOG2E.value, T, S,
             *_strides(q, k, values, prepared.grad),
             H, G, D, plan.D0, plan.D1, v_channels, plan.V0, keys_plan.TILE, keys_plan.BLOCK_H, keys_plan.BLOCK_K, plan.VALUES_IN_KEYS,
-            num_warps=plan.warps,
+            num_warps=plan.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return _finish(dq, dk, dv, v, prepared)

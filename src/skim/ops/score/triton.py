@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from skim.ops.dispatch import shared_memory
+
 PROGRAMS = 264  # as many as fill a large card twice: where there are fewer tiles of queries, the keys are split
 CHANNELS = 512
-SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 120: 99, 121: 99}  # KiB of shared memory for a program; the rest has 227
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -43,7 +44,7 @@ class Tile:
     def of(cls, q: Tensor) -> Tile:
         """The tile for queries `[B, T, J, E]`."""
         T, J, E = q.shape[1:]
-        limit = SHARED.get(architecture(), 227) << 10
+        limit = shared_memory(q.device)
         BE = max(triton.next_power_of_2(E), 32 if q.itemsize == 1 else 16)
         wide = 90 <= architecture() < 120  # matrix units that read both operands from shared memory
         BN, columns = (32, 32) if q.dtype == torch.float32 else (128, 128 if wide else 64)  # float32 has none: its products lie in registers

@@ -1,0 +1,143 @@
+"""Compiles every kernel for a GPU that is not here, as the operators would launch it, and prints what came out as JSON.
+
+    python tests/ops/compilations.py CAPABILITY OPERATOR...        (attend, latent, score, select, align, codec)
+
+Kernels must not be interpreted here, so this is a program of its own: TRITON_INTERPRET may not be set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib import import_module
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, os.path.dirname(__file__))
+from compiled import compiling  # noqa: E402
+
+MODES = ("rows", "union", "dense")  # of skim.ops.attend.triton
+Call = tuple[str, Callable[[], object]]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def attention(shape: tuple[int, int, int, int], T: int, processors: int) -> Iterator[Call]:
+    """Forward and backward, over selections and intervals; with few processors neighbours share unions, with many a walk is split."""
+    kernels = import_module("skim.ops.attend.triton")
+    (H, G, D, V), S, K = shape, 4096, 512
+    q, out, lse = empty(1, T, H, D), empty(1, T, H, V), empty(1, T, H, dtype=torch.float32)
+    k, v = empty(1, S, G, D), None if G == 1 else empty(1, S, G, V)
+    for name, keys in (("attend", (zeros(1, T, 1, K),)), ("attend_dense", (zeros(1, T), zeros(1, T)))):
+        pretend = mock.patch.object(kernels, "processors", lambda device: processors)
+        yield name, pretend(partial(getattr(kernels, name), q, k, v, *keys, V, 0.1, None, 64))
+        backward = f"{name}_backward"
+        yield backward, pretend(partial(getattr(kernels, backward), out, lse, q, k, v, *keys, None, out, lse, V, 0.1, 64))
+
+
+def attend(capability: int) -> Iterator[Call]:
+    for shape in ((32, 2, 128, 128), (32, 8, 128, 128), (9, 3, 64, 64), (16, 16, 128, 128)):
+        yield from named(shape, attention(shape, 64, 1))
+    shape = 32, 2, 128, 128
+    yield from named(shape, ((f"{name}, decode", call) for name, call in attention(shape, 1, 132) if "backward" not in name))
+    if capability == 90:
+        repeatable = ((f"{name}, deterministic", deterministic(call)) for name, call in attention(shape, 64, 1) if name == "attend_backward")
+        yield from named(shape, repeatable)
+
+
+def latent(capability: int) -> Iterator[Call]:
+    """MLA: the values are the first channels of the keys."""
+    shape = 128, 1, 576, 512
+    yield from named(shape, attention(shape, 64, 1))
+    yield from named(shape, ((f"{name}, decode", call) for name, call in attention(shape, 1, 132) if "backward" not in name))
+
+
+def named(shape: tuple[int, int, int, int], calls: Iterable[Call]) -> Iterator[Call]:
+    return ((f"{shape[0]}/{shape[1]} {shape[2]} {name}", call) for name, call in calls)
+
+
+def deterministic(call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> None:
+        torch.use_deterministic_algorithms(True)
+        call()
+        torch.use_deterministic_algorithms(False)
+
+    return run
+
+
+def indexers(capability: int, T: int, S: int) -> Iterator[tuple[str, tuple[Tensor | None, ...]]]:
+    """q, k, weights and scales of the indexers: FP8 where the matrix units have it."""
+    for J, E, dtype in ((4, 64, torch.bfloat16), (8, 64, torch.float8_e4m3fn), (64, 128, torch.float8_e4m3fn)):
+        eight = dtype == torch.float8_e4m3fn
+        if eight and J == 8 and capability < 89:
+            continue
+        scales = (empty(1, T, J, dtype=torch.float32), empty(1, S, dtype=torch.float32)) if eight else (None, None)
+        yield f"{J}x{E} {'fp8' if eight else 'bf16'}", (empty(1, T, J, E, dtype=dtype), empty(1, S, E, dtype=dtype), empty(1, T, J), *scales)
+
+
+def score(capability: int) -> Iterator[Call]:
+    kernels = import_module("skim.ops.score.triton")
+    T, S = 64, 4096
+    interval = zeros(1, T), zeros(1, T)
+    for name, inputs in indexers(capability, T, S):
+        yield f"{name} index_scores", partial(kernels.index_scores, *inputs, *interval, 64)
+        if "bf16" in name:
+            grad = empty(1, T, S, dtype=torch.float32)
+            yield f"{name} index_scores_backward", partial(kernels.index_scores_backward, grad, *inputs[:3], *interval, 64)
+
+
+def select(capability: int) -> Iterator[Call]:
+    kernels = import_module("skim.ops.select.triton")
+    T, S = 256, 131072
+    interval = zeros(1, T), zeros(1, T)
+    for name, inputs in indexers(capability, T, S):
+        yield f"{name} select of 2048", partial(kernels.select, *inputs, *interval, 2048, 0, 0, False, 512)
+        if name == "4x64 bf16" and capability == 90:
+            yield f"{name} select of 8192 with scores", partial(kernels.select, *inputs, *interval, 8192, 1, 1, True, 512)
+    yield "top_k of 2048", partial(kernels.top_k, empty(T, S, dtype=torch.float32), zeros(T), zeros(T), 2048)
+
+
+def align(capability: int) -> Iterator[Call]:
+    kernels = import_module("skim.ops.align.triton")
+    T, S = 64, 256
+    for H, G, D, J, E in ((9, 3, 64, 4, 64), (32, 2, 128, 8, 64)):
+        inputs = empty(1, T, H, D), empty(1, S, G, D), empty(1, T, J, E), empty(1, S, E), empty(1, T, J), zeros(1, T), zeros(1, T)
+        lse = torch.zeros(1, T, H)
+        for name, indices in (("dense", None), ("sparse", zeros(1, T, 64))):
+            yield f"{H}/{G} {D} {J}x{E} align {name}", partial(kernels.align, *inputs, indices, lse, 0.1, None, 64)
+
+
+def codec(capability: int) -> Iterator[Call]:
+    kernels = import_module("skim.ops.codec.triton")
+    x = empty(4096, 128)
+    yield "quantise", partial(kernels.quantise, x, "ue8m0")
+    yield "dequantise", partial(kernels.dequantise, x.to(torch.float8_e4m3fn), empty(4096, dtype=torch.float32))
+    yield "hadamard", partial(kernels.hadamard, x)
+
+
+def main(capability: int, operators: list[str]) -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for name, call in (pair for operator in operators for pair in globals()[operator](capability)):
+        with compiling(capability) as found:
+            call()
+        for kernel in found:
+            mode = MODES[kernel.constants["MODE"]] if "MODE" in kernel.constants else None
+            row = {"call": name, "kernel": kernel.name if mode is None else f"{kernel.name} {mode}", "matrix_unit": kernel.matrix_unit}
+            rows.append(row | {field: getattr(kernel, field) for field in ("registers", "spilled", "shared", "warps")})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,70 @@
+"""What the kernels become on GPUs that are not here: matrix units used, shared memory that the card has, registers that suffice."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED = {80: 163, 89: 99, 90: 227, 120: 99}  # KiB of shared memory that a program may take
+HALVES = [("attend", "latent"), ("score", "select", "align", "codec")]  # about as much work
+
+# Of kernels in the form "sm_90 32/2 128 attend forward union": heads/key heads, channels, call, kernel.
+WITHOUT_PRODUCTS = r"(unite|prepare|combine|threshold_kernel|choose_kernel|_quantise|_dequantise|_hadamard)$|top_k"
+FLOAT32 = r"index_scores_backward"  # exact products: matrix units have none
+FEW_ROWS = r" (?!128/1)\S+ \d+ attend.*( rows$|decode)| 16/16 .* union$| 128/1 .*_backward"  # a warp group multiplies 64 rows at least
+
+# The kernels that may spill, how many bytes at most, and why; all others may not.
+SPILLS = [
+    (r"sm_90 .* attend(_dense)? forward (union|dense)", 320, "128 registers, so that two programs share a processor: measured 20 % faster"),
+    (r"attend_backward, deterministic backward union", 192, "adds 64-bit integers"),
+    (r" 128/1 576 attend", 896, "a query's rows of 576 channels and what they sum fill the registers"),
+    (r"sm_80 32/[28] 128 attend_backward backward union", 96, "128 rows, twice as wide as the registers hold with sm_80's instructions"),
+    (r"sm_120 16/16 128 attend_dense forward dense", 128, "128 rows in 4 warps"),
+    (r"sm_80 .* align sparse kernel", 64, "the sums over keys of 16 queries fill the registers"),
+    (r"select of 2048 choose_kernel", 1024, "holds the candidates of a row in registers"),
+    (r"select of 8192 with scores choose_kernel", 2048, "holds the candidates of a row in registers"),
+    (r"sm_(89|120) .* exhaustive_kernel", 64, "runs for rows only whose sample was of no use"),
+    (FLOAT32, 8192, "for tests and drawings; nothing trains through it"),
+]
+
+
+def found(capability: int, operators: tuple[str, ...], cache: Path) -> list[dict]:
+    """Every kernel of these operators, compiled in a process in which kernels are not interpreted."""
+    program = Path(__file__).with_name("compilations.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)  # nothing is read from it: all is compiled
+    run = subprocess.run([sys.executable, program, str(capability), *operators], env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operators", HALVES, ids="-".join)
+@pytest.mark.parametrize("capability", SHARED, ids="sm_{}".format)
+def test_compiled_kernels(capability: int, operators: tuple[str, ...], tmp_path: Path) -> None:
+    kernels = {f"sm_{capability} {row['call']} {row['kernel']}": row for row in found(capability, operators, tmp_path)}
+    assert len(kernels) > 15
+    problems = []
+    for name, row in kernels.items():
+        wants = None if re.search(f"{WITHOUT_PRODUCTS}|{FLOAT32}", name) else "wgmma" if capability == 90 and not re.search(FEW_ROWS, name) else "mma"
+        if wants and wants not in (row["matrix_unit"] or ""):
+            problems.append(f"{name}: instructions of the matrix units are {row['matrix_unit']}, not {wants}")
+        if row["shared"] > SHARED[capability] << 10:
+            problems.append(f"{name}: takes {row['shared']} bytes of shared memory, there are {SHARED[capability] << 10}")
+        allowed = max((most for pattern, most, _ in SPILLS if re.search(pattern, name)), default=0)
+        if row["spilled"] > allowed:
+            problems.append(f"{name}: spills {row['spilled']} bytes with {row['registers']} registers, {allowed} are allowed")
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("pattern", [WITHOUT_PRODUCTS, FLOAT32, FEW_ROWS, *(pattern for pattern, *_ in SPILLS)])
+def test_patterns_are_those_of_names(pattern: str) -> None:
+    re.compile(pattern)
