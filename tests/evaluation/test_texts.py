@@ -1,8 +1,11 @@
 """Texts to read, in the package and out of it."""
 
-import pytest
+import types
 
-from skim.evaluation.texts import first_tokens, read_text
+import pytest
+import torch
+
+from skim.evaluation.texts import first_tokens, read_text, windows
 
 
 def test_texts_in_the_package_are_long_clean_prose():
@@ -33,3 +36,38 @@ def test_an_empty_text_is_refused():
     assert first_tokens(Tokenizer(), "abcdef", 4).shape == (1, 4)
     with pytest.raises(ValueError, match="at least two tokens, got 0"):
         first_tokens(Tokenizer(), "", 4)
+
+
+def letters(text, **_):
+    """A tokenizer with one token for each character."""
+    return types.SimpleNamespace(input_ids=torch.tensor([[ord(letter) for letter in text]], dtype=torch.long))
+
+
+def written(found) -> list[str]:
+    return ["".join(chr(i) for i in window.tokens[0]) for window in found]
+
+
+def test_a_file_gives_windows_one_behind_the_other(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("abcdefghij")
+    assert written(windows(letters, [str(file)], 4, 5)) == ["abcd", "efgh"]  # never a part of one at the end
+    assert written(windows(letters, [str(file)], 4, 1)) == ["abcd"]
+    assert written(windows(letters, [str(file)], 40, 2)) == ["abcdefghij"]  # a short text is read whole
+
+
+def test_a_folders_files_give_their_windows_in_turn(tmp_path):
+    for name, content in {"a.txt": "aaaAAA1", "deep/b.md": "bbb", "c.rst": "cccCCC", "d.txt": "dd", "e.png": "eeeeee"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert written(windows(letters, [str(tmp_path)], 3, 2)) == ["aaa", "ccc"]
+    assert written(windows(letters, [str(tmp_path)], 3, 4)) == ["aaa", "ccc", "bbb", "AAA"]
+    assert written(windows(letters, [str(tmp_path)], 3, 9)) == ["aaa", "ccc", "bbb", "AAA", "CCC"]
+    with pytest.raises(ValueError, match=r"expected a file \(.txt, .md, .rst\) of at least 30 tokens in"):
+        windows(letters, [str(tmp_path)], 30)
+
+
+def test_each_source_is_a_domain(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 8)
+    sources = [str(tmp_path / "b.txt"), str(tmp_path / "a.txt")]
+    assert [window.domain for window in windows(letters, sources, 4, 2)] == [sources[0]] * 2 + [sources[1]] * 2

@@ -1,7 +1,9 @@
-"""Texts to read: those in the package, or files."""
+"""Texts to read: those in the package, files, or folders of files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,55 @@ import torch
 from torch import Tensor
 
 DEMO_TEXT = "persuasion"
+SUFFIXES = (".txt", ".md", ".rst")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens `[1, T]` that a model reads at once, and the domain that they are from."""
+
+    domain: str
+    tokens: Tensor
+
+
+def windows(tokenizer: Any, sources: Sequence[str], size: int, count: int = 1) -> list[Window]:
+    """Up to `count` windows of `size` tokens of each source, which is their domain; no window reaches over the end of a file.
+
+    Args:
+        tokenizer: of the model.
+        sources: texts in the package, UTF-8 files, or folders, whose files (.txt, .md, .rst) give one window after the
+            other in turn.
+        size: tokens in a window; a single file's first window may be shorter.
+        count: windows of each source.
+
+    Raises:
+        ValueError: what can't be read, or a folder without a file long enough; by name.
+    """
+    found = []
+    for source in sources:
+        folder = Path(source).is_dir()
+        files = sorted(str(p) for p in Path(source).rglob("*") if p.suffix in SUFFIXES) if folder else [source]
+        turns = [_pieces(tokenizer, file, size, count, whole_only=folder) for file in files]
+        own: list[Tensor] = []
+        while turns and len(own) < count:
+            pieces = [next(turn, None) for turn in turns[: count - len(own)]]
+            own += [piece for piece in pieces if piece is not None]
+            turns = turns[len(pieces) :] + [turn for turn, piece in zip(turns, pieces) if piece is not None]
+        if not own:
+            raise ValueError(f"text: expected a file ({', '.join(SUFFIXES)}) of at least {size} tokens in {source!r}, got none")
+        found += [Window(source, tokens) for tokens in own]
+    return found
+
+
+def _pieces(tokenizer: Any, source: str, size: int, count: int, whole_only: bool) -> Iterator[Tensor]:
+    """A file's windows `[1, size]`; its first may be shorter unless `whole_only`."""
+    text = read_text(source)
+    if whole_only and len(text.encode()) < size:  # a token has a byte at least
+        return
+    tokens = first_tokens(tokenizer, text, size * count)
+    for i, piece in enumerate(tokens.split(size, dim=1)):
+        if piece.shape[1] == size or (i == 0 and not whole_only):
+            yield piece
 
 
 def read_text(source: str) -> str:

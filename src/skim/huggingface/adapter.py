@@ -122,7 +122,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {
         "id": getattr(model.config, "_name_or_path", "") or None,  # type: ignore[union-attr]
         "revision": getattr(model.config, "_commit_hash", None),  # type: ignore[union-attr]
-        "model_type": config.model_type,
+        "model_type": config.model_type.removeprefix("skim_"),  # an exported model is its base with indexers
         "hidden_size": config.hidden_size,
         "layers": list(converted_layers(model)),
         "fingerprint": digest.hexdigest(),

@@ -1,0 +1,78 @@
+"""Quality against budget, one line a pattern: perplexity over dense, and retrieval."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+from skim.evaluation.quality import Quality
+from skim.evaluation.retrieval import Retrieval
+from skim.evaluation.table import PATTERNS
+
+Lines = dict[str, list[tuple[float, float, float, float]]]  # pattern -> (budget, value, low, high)
+
+
+def plot(path: str | os.PathLike[str], quality: dict[int, Sequence[Quality]], retrieval: Sequence[Retrieval] = ()) -> None:
+    """Draw what was measured, with its 95 % intervals, into an image file.
+
+    Args:
+        path: of the image; its ending says which kind.
+        quality: budget -> what `summarise` gave.
+        retrieval: what `retrieve` gave; tasks that dense can't do are left out.
+
+    Raises:
+        ImportError: the extra `report` is not installed.
+        ValueError: nothing that could be drawn.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib is needed for --plot: pip install 'skim-attention[report]'") from error
+    panels = [lines for lines in (_perplexity(quality), *_tasks(retrieval)) if lines[1]]
+    if not panels:
+        raise ValueError("plot: expected dense and at least one other pattern, and of tasks one that dense can do, got nothing to draw")
+    figure = Figure(figsize=(7, 4.5 * len(panels)), layout="constrained")
+    for axes, (title, lines, level) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
+        for pattern, points in lines.items():
+            budgets, values, low, high = (list(column) for column in zip(*sorted(points)))
+            errors = [[v - end for v, end in zip(values, low)], [end - v for v, end in zip(values, high)]]
+            color = f"C{PATTERNS.index(pattern)}"
+            axes.errorbar(budgets, values, errors, marker="o", capsize=3, color=color, label="DSA" if pattern == "dsa" else pattern)
+        axes.axhline(level, color="black", linestyle=":", label="dense")
+        axes.set_xscale("log", base=2)
+        axes.set(title=title, xlabel="keys that a query reads", ylabel="over dense, %" if level == 0 else "prompts solved")
+        if level == 0:
+            axes.set_yscale("symlog", linthresh=1.0)  # a good pattern costs parts of a percent, a bad one hundreds
+        ticks = sorted({point[0] for points in lines.values() for point in points})
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _perplexity(quality: dict[int, Sequence[Quality]]) -> tuple[str, Lines, float]:
+    lines: Lines = {}
+    for budget, rows in quality.items():
+        for row in rows:
+            over = row.over_dense
+            if over is not None:
+                value, low, high = (100 * math.expm1(over.mean if end is None else end) for end in (over.mean, over.low, over.high))
+                lines.setdefault(row.pattern, []).append((budget, value, low, high))
+    return "Perplexity", lines, 0.0
+
+
+def _tasks(retrieval: Sequence[Retrieval]) -> list[tuple[str, Lines, float]]:
+    panels = []
+    for task, length in dict.fromkeys((row.task, row.length) for row in retrieval if row.counts):
+        rows = [row for row in retrieval if (row.task, row.length) == (task, length)]
+        dense = next(row.exact for row in rows if row.budget is None)
+        lines: Lines = {}
+        for row in rows:
+            if row.budget is not None and row.exact_over_dense is not None:
+                low, high = row.exact_over_dense.low, row.exact_over_dense.high
+                assert low is not None and high is not None
+                lines.setdefault(row.pattern, []).append((row.budget, row.exact, dense + low, dense + high))
+        panels.append((f"{task}, {length:,} tokens", lines, dense))
+    return panels
