@@ -3,14 +3,17 @@
 import json
 import math
 import sys
+from importlib import import_module, util
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from tiny_model import converted
 
 import skim
 from skim import cli
+from skim.ops import dispatch
 
 
 def run(monkeypatch, *arguments: str) -> int:
@@ -43,7 +46,28 @@ def test_doctor_names_versions_hardware_and_implementations(monkeypatch, capsys)
     assert run(monkeypatch, "doctor", "--json", "-") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["versions"]["skim"] == skim.__version__ and report["hardware"]["cores"] >= 1
-    assert report["operators"]["select on cpu"] == "reference"
+    assert {place.split(" on ")[0] for place in report["operators"]} == set(dispatch.OPERATORS)
+    assert report["operators"]["codec on cpu"] == "reference (codec has no numba implementation)"
+    assert report["operators"]["select on cpu"] == dispatch.choice("select", torch.device("cpu"))
+    assert "compiled and simulated" in report["kernels"]["not run on"]
+
+
+def test_doctor_says_what_to_install(monkeypatch, capsys, request):
+    find = util.find_spec
+    monkeypatch.setattr(dispatch.util, "find_spec", lambda name, *rest: None if name == "numba" else find(name, *rest))
+    dispatch._module.cache_clear()
+    request.addfinalizer(dispatch._module.cache_clear)
+    assert run(monkeypatch, "doctor", "--json", "-") == 0
+    said = json.loads(capsys.readouterr().out)["operators"]["select on cpu"]
+    assert said == "reference (numba is not installed: pip install 'skim-attention[cpu]')"
+
+
+def test_doctor_names_the_limits_that_kernels_have():
+    pytest.importorskip("triton")
+    said = cli.REFERENCE
+    score, select, align = (import_module(f"skim.ops.{operator}.triton") for operator in ("score", "select", "align"))
+    assert f"{score.CHANNELS} index channels" in said["score, select on a GPU"] and str(select.BUDGET) in said["score, select on a GPU"]
+    assert str(align.LARGEST) in said["align on a GPU"]
 
 
 @pytest.mark.slow

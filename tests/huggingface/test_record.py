@@ -10,8 +10,10 @@ from reference_math import alignment, error, index_scores, interval_mask
 from tiny import build, convert, gradients, largest_difference, logits, masks, sparse, tokens
 
 import skim
+from skim.huggingface import attention
 from skim.huggingface.attention import by_indexer
 from skim.huggingface.state import converted_layers
+from skim.ops import align
 
 IDS = tokens(2, 30)
 
@@ -334,12 +336,51 @@ def test_evaluation_records_numbers(context):
     assert abs(float(r.alignment) - float(plain.alignment)) < 1e-6
 
 
-def test_full_and_sharing_layers_have_no_alignment_of_their_own():
+def test_full_layers_have_no_alignment_and_sharing_ones_a_part_of_their_sources():
     model = sparse("llama", layers=5, pattern="FSRSF")
     with skim.record(model, selections=True) as r:
         logits(model, IDS)
-    assert sorted(r.alignments) == [1, 3]
-    assert sorted(r.selections) == [1, 2, 3]
+    assert sorted(r.alignments) == sorted(r.selections) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("score_dtype", ["bf16", "fp8"])
+def test_an_indexer_is_trained_on_the_mean_over_the_layers_that_it_serves(monkeypatch, mode, score_dtype):
+    model = sparse("llama", layers=5, pattern="FSRRS", score_dtype=score_dtype)
+    calls, inputs = [], []
+
+    def spy(q, k, *index, **more):
+        calls.append((q.detach(), k.detach(), {**more, "lse": None}))
+        return align(q, k, *index, **more)
+
+    monkeypatch.setattr(attention, "align", spy)
+    indexer = model.model.layers[1].self_attn.indexer
+    hook = indexer.register_forward_pre_hook(lambda module, args: inputs.append(args))
+    with skim.use(model, mode=mode):
+        r, found = step(model)
+    hook.remove()
+    index = indexer(*inputs[0])
+    expected = sum(align(q, k, index.q, index.k, index.weights, **more) for q, k, more in calls[:3]) / 3
+    assert len(calls) == 4 and abs(float(expected.detach()) - sum(float(r.alignments[layer]) for layer in (1, 2, 3))) < 1e-6
+    expected.backward()
+    for name, parameter in indexer.named_parameters():
+        assert (parameter.grad - found[f"model.layers.1.self_attn.indexer.{name}"]).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_shared_indexers_get_the_same_gradients_from_checkpoints_and_from_warm_up(mode, reentrant):
+    model = sparse("llama", layers=4, pattern="SRSR", mode=mode).train()
+    _, expected = step(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert largest_difference(expected, step(model)[1]) < 1e-6
+    model.gradient_checkpointing_disable()
+    with skim.record(model) as r:
+        with torch.no_grad():
+            model(IDS, use_cache=False)
+        r.alignment.backward()
+    assert largest_difference(split(model, expected)[0], split(model, gradients(model))[0]) < 1e-6
 
 
 def test_frozen_indexers_get_no_gradients_and_stop_nothing():

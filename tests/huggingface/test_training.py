@@ -34,11 +34,12 @@ def test_two_processes_train_on_the_mean_of_their_gradients_and_select_the_same(
         assert "DistributedDataParallel doesn't average" in found["no_grad"] and "freeze the base instead" in found["no_grad"]
 
 
-def test_trap_05_under_autocast_head_weights_stay_in_float32():
+@pytest.mark.parametrize("use_cache", [True, False])  # a cache happens to bring keys and values to one dtype
+def test_trap_05_under_autocast_head_weights_stay_in_float32(use_cache):
     model, made = sparse("llama"), []
     model.model.layers[0].self_attn.indexer.register_forward_hook(lambda module, args, out: made.append(out))
     with torch.autocast("cpu", torch.bfloat16), skim.record(model) as r:
-        out = model(IDS, labels=IDS)
+        out = model(IDS, labels=IDS, use_cache=use_cache)
     ((out.loss + r.alignment) * 8).backward()
     q, k, weights = made[0]
     assert (q.dtype, k.dtype, weights.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)

@@ -98,6 +98,8 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if keeps_keys:
             keys = append_index_keys(cache, layer, keys.detach())
         index = IndexTensors(index.q, keys, index.weights)
+        if forward.recording and _served(layer, forward.letters) > 1:
+            forward.inputs[layer] = indexer, hidden.detach(), kwargs["position_embeddings"]
     return args, {**kwargs, "skim": HandOver(forward, index, unquantised)}
 
 
@@ -134,6 +136,8 @@ def _attention(
     scale = kwargs.pop("scaling", None) or query.shape[-1] ** -0.5
     sink = kwargs.pop("s_aux", None)
     _refuse(module, kwargs)
+    if torch.is_autocast_enabled(query.device.type):  # as PyTorch's attention does: rotated queries and keys are float32 there, values are not
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     start, end = unpack_visibility(attention_mask)
     start = _packed(start, end, kwargs.get("cu_seq_lens_k"))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -191,17 +195,25 @@ def _read(
         return out
     if forward.keeping and selection is not None:
         record.keep(forward.serial, layer, selection)
-    if indexer is None or letter != "S" or skim.unquantised is None:
+    if letter == "F" or skim.aligned:
         return out
-    assert index is not None
-    if skim.unquantised.shape[1] != k.shape[1]:
+    source, unquantised = source_of(layer, forward.letters), skim.unquantised
+    if letter == "R" and source in forward.inputs:
+        # Made again from the inputs instead of handed on, so that each layer's loss has a graph of its own.
+        indexer, hidden, position_embeddings = forward.inputs[source]
+        with torch.enable_grad():
+            index = indexer(hidden, position_embeddings)
+        unquantised = index.k
+    if indexer is None or index is None or unquantised is None:
+        return out
+    if unquantised.shape[1] != k.shape[1]:
         raise ValueError("past_key_values: expected a forward pass from the first token inside skim.record, got one that continues a cache")
     with torch.enable_grad():
         loss = align(
             q,
             k,
             index.q,
-            skim.unquantised,
+            unquantised,
             index.weights,
             start=start,
             end=end,
@@ -210,7 +222,8 @@ def _read(
             scale=scale,
             workspace_mb=config.workspace_mb,
         )
-    skim.unquantised = None  # some attentions are called twice in a layer (DiffLlama); it is aligned once
+        loss = loss / _served(source, forward.letters)
+    skim.aligned = True  # some attentions are called twice in a layer (DiffLlama); it is aligned once
     if not forward.tied:
         record.prepay(forward.serial, layer, loss, indexer, forward.unaveraged)
     elif torch.is_grad_enabled():
@@ -218,6 +231,11 @@ def _read(
     else:  # the first pass of a reentrant checkpoint
         record.note(forward.serial, layer, loss)
     return out
+
+
+def _served(source: int, letters: dict[int, str]) -> int:
+    """How many layers read with the indexer of layer `source`, itself included."""
+    return sum(letter != "F" and source_of(layer, letters) == source for layer, letter in letters.items())
 
 
 def by_indexer(inputs: LayerInputs, start: Tensor, end: Tensor) -> Selection:

@@ -13,8 +13,9 @@ from torch import nn
 
 from skim.config import Config
 from skim.huggingface import attention, masks
-from skim.huggingface.state import MODES, Selector, State, converted_layers, decoder_of, publish, source_of, state_of
+from skim.huggingface.state import MODES, LayerInputs, Selector, State, converted_layers, decoder_of, publish, source_of, state_of
 from skim.modules import LightningIndexer
+from skim.selection import Selection
 
 HOOK_KEYWORDS = ("hidden_states", "position_embeddings", "attention_mask")
 # Families whose attention changes the mask that it gets, so that Skim's start and end would be lost in it.
@@ -100,6 +101,8 @@ class use:
         model: a converted model.
         mode: "dense" reads as the model did before, "sparse" with its indexers.
         selector: `(LayerInputs, start, end) -> Selection` in place of the indexers; None for a call reads every key.
+        replay: layer -> Selection to read again, as `skim.record(model, selections=True)` kept them: the same keys under
+            other weights, as reinforcement learning needs them.
         changes: fields of `skim.Config` that need no other weights: budget, pattern, keep_first, keep_recent,
             score_dtype, workspace_mb.
 
@@ -108,13 +111,25 @@ class use:
         TypeError: an unknown field, or one that only `convert` can set.
     """
 
-    def __init__(self, model: nn.Module, *, mode: str | None = None, selector: Selector | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mode: str | None = None,
+        selector: Selector | None = None,
+        replay: dict[int, Selection] | None = None,
+        **changes: Any,
+    ) -> None:
         self.model, self.state = model, state_of(model)
         fixed = {"index_n_heads", "index_head_dim", "rope_dim", "rope_layout"}
         allowed = sorted({f.name for f in fields(Config)} - fixed)
         wrong = sorted(set(changes) - set(allowed))
         if wrong:
-            raise TypeError(f"{wrong[0]}: expected one of {', '.join(allowed)}, mode or selector")
+            raise TypeError(f"{wrong[0]}: expected one of {', '.join(allowed)}, mode, selector or replay")
+        if replay is not None:
+            if selector is not None:
+                raise ValueError("replay: expected no selector beside it, got both")
+            selector = _replayed(dict(replay))
         if mode is not None and mode not in MODES:
             raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
         self.before = self.state.config, self.state.letters, self.state.mode, self.state.selector
@@ -139,6 +154,22 @@ class use:
 
     def __exit__(self, *_: object) -> None:
         self._set(*self.before)
+
+
+def _replayed(selections: dict[int, Selection]) -> Selector:
+    """The selector that gives each layer what it read before."""
+
+    def select(inputs: LayerInputs, start: torch.Tensor, end: torch.Tensor) -> Selection:
+        selection = selections.get(inputs.layer)
+        if selection is None:
+            raise ValueError(f"replay: expected a selection for layer {inputs.layer}, got them for {sorted(selections)}")
+        if selection.indices.shape[:2] != start.shape:
+            raise ValueError(
+                f"replay: expected selections of {tuple(start.shape)} queries, got {tuple(selection.indices.shape[:2])} in layer {inputs.layer}"
+            )
+        return selection
+
+    return select
 
 
 def _family(model: nn.Module) -> str:
@@ -275,6 +306,9 @@ def _table(layer: Any, decoder: Any) -> torch.Tensor:
     if rotary is None:
         raise none
     where = next(decoder.parameters())
+    if where.is_meta:  # from_pretrained makes an exported model without storage
+        with torch.device("cpu"):
+            rotary, where = type(rotary)(decoder.config), torch.empty(0)
     probe = torch.zeros(1, 1, 1, device=where.device)
     position = torch.ones(1, 1, dtype=torch.long, device=where.device)
     by_type = "layer_type" in inspect.signature(type(rotary).forward).parameters

@@ -26,7 +26,8 @@ class Record:
     """What `skim.record` gathers over the forward passes inside it; the last pass counts.
 
     Attributes:
-        alignments: layer -> its alignment loss, a detached float32 scalar.
+        alignments: layer -> its share of the alignment loss, a detached float32 scalar: its loss over the number of
+            layers that its indexer serves, so that an indexer is trained on the mean of them.
         selections: layer -> the Selection it read, if they were asked for.
     """
 
@@ -38,7 +39,7 @@ class Record:
 
     @property
     def alignment(self) -> Tensor:
-        """Sum of the layers' losses, to be added to the model's own loss before `backward()`."""
+        """Sum of the layers' shares, one mean loss an indexer, to be added to the model's own loss before `backward()`."""
         if not self.alignments:
             raise ValueError("alignment: expected a forward pass inside skim.record before, got none that read a recorded layer")
         device = next(iter(self.alignments.values())).device

@@ -69,7 +69,8 @@ class State:
 @dataclass
 class Forward:
     """One forward pass: the settings in force when it began, so that a checkpointed layer run again in the backward
-    pass does the same, and the selections that later layers reuse.
+    pass does the same, and what later layers reuse: selections, and while recording the indexers behind them with
+    their inputs (hidden states and position embeddings).
 
     `tied`: the base model takes gradients too, so a layer's alignment loss is tied to its output; otherwise the
     indexer's gradients are made at once. `unaveraged`: DistributedDataParallel doesn't know of a backward pass to come.
@@ -85,18 +86,20 @@ class Forward:
     tied: bool
     unaveraged: bool
     selections: dict[int, Selection] = field(default_factory=dict)
+    inputs: dict[int, tuple[LightningIndexer, Tensor, Any]] = field(default_factory=dict)
 
 
 @dataclass
 class HandOver:
     """What the pre-hook of an attention module hands to the attention function inside it.
 
-    `unquantised`: the new index keys before FP8, which the alignment loss is made of; None once it is made.
+    `unquantised`: the new index keys before FP8, which the alignment loss is made of. `aligned`: it is made.
     """
 
     forward: Forward
     index: IndexTensors | None
     unquantised: Tensor | None
+    aligned: bool = False
 
 
 def source_of(layer: int, letters: dict[int, str]) -> int:

@@ -1,5 +1,8 @@
-"""Training: the warm-up of indexers."""
+"""Training: data, the warm-up of indexers, and the sparse stage after it."""
 
+from skim.training.data import Rows, prepare
+from skim.training.loop import train
+from skim.training.recipe import Recipe
 from skim.training.warmup import Warmup, warmup
 
-__all__ = ["Warmup", "warmup"]
+__all__ = ["Recipe", "Rows", "Warmup", "prepare", "train", "warmup"]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from skim.huggingface import record, use
 from skim.huggingface.state import converted_layers, state_of
+from skim.training.recipe import schedule
+from skim.training.stage import initialise, input_rms
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,7 @@ class Warmup:
 
     def rate(self, step: int) -> float:
         """Learning rate at a step, counted from 0."""
-        if step < self.ramp:
-            return self.lr * (step + 1) / self.ramp
-        progress = (step - self.ramp) / max(1, self.steps - self.ramp)
-        return self.lr * (self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * progress)) / 2)
+        return self.lr * schedule(step, self.steps, self.ramp, self.lr_end)
 
 
 def warmup(model: Any, windows: Sequence[Any], recipe: Warmup | None = None, report: Callable[[int, float], None] | None = None) -> list[float]:
@@ -72,7 +70,7 @@ def warmup(model: Any, windows: Sequence[Any], recipe: Warmup | None = None, rep
     order = _order(len(windows), recipe.seed)
     device = indexers[0].wk.weight.device
     use(model, mode="dense")
-    _initialise(model, _window(windows[next(order)], device))
+    initialise(input_rms(model, {"input_ids": _window(windows[next(order)], device)}))
     parameters = [p.requires_grad_() for indexer in indexers for p in indexer.float().parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
     losses: list[float] = []
@@ -105,20 +103,3 @@ def _order(count: int, seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
-
-
-@torch.no_grad()
-def _initialise(model: Any, window: Tensor) -> None:
-    """Fresh indexers, each scaled to the root mean square of what its layer's attention is fed."""
-    rms: dict[nn.Module, float] = {}
-
-    def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rms[module] = float(hidden.float().square().mean().sqrt())
-
-    layers = [layer for layer in converted_layers(model).values() if hasattr(layer, "indexer")]
-    hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers]
-    model.base_model(window, use_cache=False)
-    for hook, layer in zip(hooks, layers):
-        hook.remove()
-        layer.indexer.reset_parameters(rms[layer])

@@ -1,0 +1,426 @@
+"""The loop of both stages: a probe first, then steps and checkpoints, at the end a verdict and the adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from skim.huggingface import load, revert, save
+from skim.huggingface.state import state_of
+from skim.training import checkpoint
+from skim.training.data import Rows, order
+from skim.training.recipe import LORA_RANK, Recipe
+from skim.training.stage import Batch, Metrics, Stage, audit, base_digest
+from skim.training.verdict import fifths, verdict
+
+PROBE_STEPS = 3
+LINES = 20  # that a run writes, with the kept mass at each
+LEAST_SHARE = 0.25  # of queries that see more than the budget
+LEAST_LENGTH = 512
+UNCHANGING = ("save_every", "tracker")  # may differ when a run goes on
+
+
+@dataclass
+class Run:
+    """Where a run stands; all of it is in its checkpoints, beside weights and optimizer."""
+
+    step: int = 0
+    seconds: float = 0.0
+    loss: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    mass: dict[int, float] = field(default_factory=dict)
+    layers: dict[int, float] = field(default_factory=dict)
+
+
+def train(
+    model: Any,
+    data: Rows,
+    recipe: Recipe | None = None,
+    *,
+    out: str | Path,
+    tokenizer: Any = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train a converted model: its indexers (`Recipe(stage="warmup")`), then all of it (`Recipe(stage="sparse")`).
+
+    `out` gets `adapter/` (what `skim.load` takes), `run.json` (what is returned), `checkpoints/`, and after the sparse
+    stage `model/` with the trained weights or `lora/`. The model is left trained and in sparse mode.
+
+    Args:
+        model: a converted model; for the sparse stage with trained indexers.
+        data: of `skim.training.prepare`, in rows of `recipe.length`.
+        recipe: None is the warm-up.
+        out: a new folder.
+        tokenizer: saved beside a trained model; its chat template decides between the losses of the sparse stage.
+        resume: go on from the last checkpoint in `out`, if there is one.
+        dry_run: stop after the probe.
+        console: where progress is shown; None shows none.
+        about: what else `run.json` is to say.
+
+    Returns:
+        Everything known of the run, as in `run.json`; after a dry run the probe alone.
+
+    Raises:
+        ValueError: the data is no longer than the budget, `out` belongs to another run, or the run doesn't fit into
+            memory: the nearest settings that do are named.
+        RuntimeError: the base changed in the warm-up.
+    """
+    from accelerate import Accelerator
+
+    out = Path(out)
+    recipe = recipe or Recipe()
+    accelerator = Accelerator(log_with=recipe.tracker, project_dir=str(out))
+    if str(accelerator.distributed_type).split(".")[-1] not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise ValueError(f"accelerate: expected one process or data parallelism, got {accelerator.distributed_type}")
+    console = console if console is not None and accelerator.is_main_process else Console(quiet=True)
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    recipe = recipe.resolved(chat=chat, accelerated=accelerator.device.type != "cpu")
+    if data.length != recipe.length:
+        raise ValueError(f"data: expected rows of recipe.length ({recipe.length}), got {data.length}")
+    model.to(accelerator.device)
+    report = {
+        **(about or {}),
+        "stage": recipe.stage,
+        "recipe": asdict(recipe),
+        "config": asdict(state_of(model).config),
+        **_surroundings(accelerator),
+    }
+    report["data"] = {"key": data.key, "rows": len(data), "tokens": len(data) * data.length, **_share(model, data, console)}
+    if accelerator.is_main_process:
+        checkpoint.clean(out)
+    found = _checkpoint(out, report, resume, dry_run)
+    digest = base_digest(model) if recipe.stage == "warmup" else ""
+    if found is None:
+        report["probe"] = _probe(model, data, recipe, accelerator, console)
+        if dry_run:
+            return report
+    else:
+        report["probe"] = found["report"]["probe"]
+    stage = Stage(model, recipe, accelerator, _first(data, recipe, accelerator))
+    run = Run()
+    if found is not None:
+        run = Run(**found["run"])
+        _restore(stage, found)
+        console.print(f"Going on after step {run.step}.")
+    if recipe.tracker:
+        accelerator.init_trackers("skim", config={k: v for k, v in asdict(recipe).items() if v is not None})
+    _steps(stage, run, data, out, report, console)
+    if recipe.stage == "warmup":
+        audit(stage, digest)
+        report["audit"] = "the base has no gradient and no optimizer state, and is bit for bit as it was"
+    report |= _summary(stage, run)
+    accelerator.wait_for_everyone()
+    _save(stage, out, report, tokenizer, accelerator.is_main_process)
+    console.print(_table(report))
+    console.print(f"Written to {out}", highlight=False, soft_wrap=True)
+    if recipe.tracker:
+        accelerator.end_training()
+    return report
+
+
+def _share(model: Any, data: Rows, console: Console) -> dict[str, float]:
+    """Share of the queries that see more keys than the budget; without any there is nothing to learn."""
+    budget = state_of(model).config.budget
+    share = data.share_longer(budget)
+    console.print(
+        f"{len(data):,} rows of {data.length:,} tokens; {share:.1%} of the queries see more than {budget:,} keys, the budget.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if share == 0:
+        raise ValueError(
+            f"data: expected queries that see more than the budget of {budget} keys, got none; "
+            "take longer documents, longer rows (--length) or a smaller budget (--budget)"
+        )
+    if share < LEAST_SHARE:
+        console.print(f"[yellow]Less than {LEAST_SHARE:.0%}: take longer documents, or a smaller --budget.[/yellow]", soft_wrap=True)
+    return {"share_longer_than_budget": share}
+
+
+def _batches(data: Rows, recipe: Recipe, accelerator: Any, step: int) -> list[Batch]:
+    """The batches of a step: a function of the step, so that a run may go on anywhere."""
+    made = []
+    for i in range(recipe.accumulate):
+        first = ((step * recipe.accumulate + i) * accelerator.num_processes + accelerator.process_index) * recipe.batch
+        rows = [data[_order(len(data), recipe.seed, n // len(data))[n % len(data)]] for n in range(first, first + recipe.batch)]
+        made.append({name: torch.stack([row[name] for row in rows]).to(accelerator.device) for name in rows[0]})
+    return made
+
+
+def _first(data: Rows, recipe: Recipe, accelerator: Any) -> Batch:
+    """The row that the indexers' inputs are measured on, the same one in every process."""
+    return {name: value[None].to(accelerator.device) for name, value in data[_order(len(data), recipe.seed, 0)[0]].items()}
+
+
+_orders: dict[tuple[int, int, int], list[int]] = {}
+
+
+def _order(rows: int, seed: int, epoch: int) -> list[int]:
+    """`order`, kept for the epochs in use."""
+    key = rows, seed, epoch
+    if key not in _orders:
+        while len(_orders) >= 2:
+            del _orders[next(iter(_orders))]
+        _orders[key] = order(*key)
+    return _orders[key]
+
+
+# ------------------------------------------------------------------------------------------------------------ probe
+
+
+def _probe(model: Any, data: Rows, recipe: Recipe, accelerator: Any, console: Console) -> dict[str, float]:
+    """Memory and time of a run, from three steps that leave nothing behind.
+
+    Raises:
+        ValueError: it doesn't fit; the nearest settings that do are named.
+    """
+    assert recipe.steps is not None
+    try:
+        seconds, peak = _try(model, data, recipe, accelerator)
+    except torch.OutOfMemoryError:
+        where = f"the memory of {accelerator.device}"
+        for flags, lighter in _lighter(recipe):
+            try:
+                _, peak = _try(model, data.with_length(lighter.length), lighter, accelerator)
+            except torch.OutOfMemoryError:
+                continue
+            raise ValueError(f"memory: this run needs more than {where}; it fits with {flags} ({peak:.1f} GiB)") from None
+        raise ValueError(f"memory: this run needs more than {where}, and so does every smaller setting") from None
+    hours = seconds * recipe.steps / 3600
+    tokens = recipe.length * recipe.batch * recipe.accumulate * accelerator.num_processes
+    line = f"{recipe.steps:,} steps of {tokens:,} tokens: {peak:.1f} GiB of memory at most, about {hours:.2g} hours."
+    console.print(line, highlight=False, soft_wrap=True)
+    return {"peak_gib": peak, "hours": hours, "seconds_per_step": seconds}
+
+
+def _try(model: Any, data: Rows, recipe: Recipe, accelerator: Any) -> tuple[float, float]:
+    """Seconds of a step and peak memory in GiB. The model's weights are put back."""
+    cuda = accelerator.device.type == "cuda"
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    everything = recipe.stage == "sparse" and recipe.lora is None
+    before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if everything or ".indexer." in name}
+    stage, times = None, []
+    try:
+        stage = Stage(model, recipe, accelerator, _first(data, recipe, accelerator))
+        for step in range(PROBE_STEPS):
+            began = time.perf_counter()
+            stage.step(step, _batches(data, recipe, accelerator, step))
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+    finally:
+        if stage is not None:
+            stage.close()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in before:
+                    parameter.copy_(before[name])
+    return min(times), _peak(accelerator)  # the first step compiles and allocates
+
+
+def _peak(accelerator: Any) -> float:
+    """GiB: the accelerator's, or all that this process ever used."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _lighter(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """Settings that need less and less, with the flags that ask for them; what is computed stays the same as long as it can."""
+    flags: list[str] = []
+    if recipe.batch > 1:
+        recipe = replace(recipe, batch=1, accumulate=recipe.accumulate * recipe.batch)
+        flags = ["--batch 1", f"--accumulate {recipe.accumulate}"]
+        yield " ".join(flags), recipe
+    if recipe.stage == "sparse" and not recipe.checkpointing:
+        recipe, flags = replace(recipe, checkpointing=True), [*flags, "--checkpointing"]
+        yield " ".join(flags), recipe
+    if recipe.stage == "sparse" and recipe.lora is None:
+        recipe, flags = replace(recipe, lora=LORA_RANK), [*flags, f"--lora {LORA_RANK}"]
+        yield " ".join(flags), recipe
+    while recipe.length // 2 >= LEAST_LENGTH:
+        recipe = replace(recipe, length=recipe.length // 2)
+        yield " ".join([*flags, f"--length {recipe.length}"]), recipe
+
+
+# ------------------------------------------------------------------------------------------------------------ steps
+
+
+def _steps(stage: Stage, run: Run, data: Rows, out: Path, report: dict[str, Any], console: Console) -> None:
+    """Train up to the last step, writing checkpoints, lines and what trackers want."""
+    recipe, accelerator = stage.recipe, stage.accelerator
+    assert recipe.steps is not None
+    every = max(1, recipe.steps // LINES)
+    waiting: list[Metrics] = []
+    speed = recipe.length * recipe.batch * recipe.accumulate * accelerator.num_processes
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(recipe.stage, total=recipe.steps, completed=run.step)
+        began, counted = time.perf_counter(), run.step
+        for step in range(run.step, recipe.steps):
+            batches = _batches(data, recipe, accelerator, step)
+            waiting.append(stage.step(step, batches))
+            run.step = step + 1
+            progress.advance(task)
+            line, keep = run.step % every == 0 or run.step == recipe.steps, run.step % recipe.save_every == 0 or run.step == recipe.steps
+            if not (line or keep):
+                continue
+            _note(run, waiting)
+            seconds = time.perf_counter() - began
+            run.seconds += seconds
+            if line:
+                mass = stage.kept_mass(batches[0])
+                if mass is not None:
+                    run.mass[run.step] = mass
+                values = _values(run, stage, speed * (run.step - counted) / seconds)
+                console.print(
+                    f"step {run.step:>5}  " + "  ".join(f"{name} {_shown(value)}" for name, value in values.items()), highlight=False, soft_wrap=True
+                )
+                if recipe.tracker:
+                    accelerator.log(values, step=run.step)
+            if keep and accelerator.is_main_process:
+                checkpoint.save(out, run.step, _state(stage, run, report))
+            began, counted = time.perf_counter(), run.step
+
+
+def _note(run: Run, waiting: list[Metrics]) -> None:
+    """Move the numbers of the last steps to the CPU."""
+    for metrics in waiting:
+        if metrics.loss is not None:
+            run.loss.append(float(metrics.loss))
+        if metrics.kl is not None:
+            run.kl.append(float(metrics.kl))
+            run.layers = {layer: float(value) for layer, value in metrics.layers.items()}
+    waiting.clear()
+
+
+def _values(run: Run, stage: Stage, speed: float) -> dict[str, float]:
+    values = {"lr": stage.optimizer.param_groups[0]["lr"], "tokens/s": speed}
+    found = {"loss": run.loss[-1:], "kl": run.kl[-1:], "kept mass": [run.mass[run.step]] if run.step in run.mass else []}
+    return {name: value[0] for name, value in found.items() if value} | values
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def _state(stage: Stage, run: Run, report: dict[str, Any]) -> dict[str, Any]:
+    weights = {name: p.detach().cpu() for name, p in stage.trained().items()}
+    return {"run": asdict(run), "weights": weights, "optimizer": stage.optimizer.state_dict(), "report": report}
+
+
+def _restore(stage: Stage, found: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for name, parameter in stage.trained().items():
+            parameter.copy_(found["weights"][name])
+    stage.optimizer.load_state_dict(found["optimizer"])
+
+
+def _checkpoint(out: Path, report: dict[str, Any], resume: bool, dry_run: bool) -> dict[str, Any] | None:
+    """The last checkpoint, if the run is to go on from it."""
+    there = checkpoint.steps(out)
+    if dry_run or not there:
+        return None
+    if not resume:
+        raise ValueError(f"out: expected a new folder, or --resume to go on, got {str(out)!r} with checkpoints in it")
+    found = checkpoint.load(there[-1])
+    for what in ("recipe", "config", "data"):
+        then, now = found["report"][what], report[what]
+        changed = [name for name in now if now[name] != then.get(name) and name not in UNCHANGING]
+        if changed:
+            name = changed[0]
+            raise ValueError(f"{what}.{name}: expected {then.get(name)!r}, with which the run in {str(out)!r} began, got {now[name]!r}")
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- end
+
+
+def _surroundings(accelerator: Any) -> dict[str, Any]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("skim-attention", "torch", "transformers", "accelerate", "peft", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else platform.machine() or "cpu"
+    return {"device": device, "processes": accelerator.num_processes, "versions": versions}
+
+
+def _summary(stage: Stage, run: Run) -> dict[str, Any]:
+    recipe = stage.recipe
+    tokens = run.step * recipe.length * recipe.batch * recipe.accumulate * stage.accelerator.num_processes
+    summary: dict[str, Any] = {"steps": run.step, "tokens": tokens, "seconds": run.seconds, "tokens_per_second": tokens / max(run.seconds, 1e-9)}
+    summary["peak_gib"] = _peak(stage.accelerator)
+    summary["input_rms"] = list(stage.rms.values())
+    summary |= {"loss": run.loss, "kl": run.kl, "kept_mass": {str(step): value for step, value in run.mass.items()}}
+    summary["kl_by_layer"] = {str(layer): value for layer, value in run.layers.items()}
+    if run.kl:
+        summary["verdict"] = verdict(run.kl, recipe.stage == "warmup")
+    return summary
+
+
+def _save(stage: Stage, out: Path, report: dict[str, Any], tokenizer: Any, main: bool) -> None:
+    """The adapter, and what else was trained; the model is itself again afterwards."""
+    recipe = stage.recipe
+    if recipe.lora is not None and main:
+        with checkpoint.new_folder(out / "lora") as folder:
+            stage.model.save_pretrained(folder)
+    if main:
+        stage.settle()
+        with checkpoint.new_folder(out / "adapter") as folder:
+            save(stage.model, folder)
+    model = stage.finish()
+    if recipe.stage == "sparse" and recipe.lora is None and main:
+        with checkpoint.new_folder(out / "model") as folder:
+            revert(model)
+            model.save_pretrained(folder)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        load(model, out / "adapter")
+    if main:
+        checkpoint.write_json(out / "run.json", report)
+
+
+def _table(report: dict[str, Any]) -> Table:
+    """What the curve of the alignment loss says."""
+    table = Table(title=f"{report['stage']}: {report.get('verdict', 'the indexers were frozen')}", show_header=False)
+    rows: list[tuple[str, str]] = [
+        ("steps, tokens", f"{report['steps']:,}, {report['tokens']:,}"),
+        ("tokens/s", f"{report['tokens_per_second']:,.0f}"),
+    ]
+    if report["kl"]:
+        rows.append(("KL by fifths of the run", " ".join(f"{value:.4f}" for value in fifths(report["kl"]))))
+        worst = sorted(report["kl_by_layer"].items(), key=lambda item: -item[1])[:3]
+        rows.append(("layers with the most", ", ".join(f"{layer} ({value:.3f})" for layer, value in worst)))
+    if report["loss"]:
+        rows.append(("loss by fifths of the run", " ".join(f"{value:.4f}" for value in fifths(report["loss"]))))
+    if report["kept_mass"]:
+        rows.append(("attention mass kept", f"{list(report['kept_mass'].values())[-1]:.1%}"))
+    for name, value in itertools.chain(rows, [("base", report["audit"])] if "audit" in report else []):
+        table.add_row(name, value)
+    return table
