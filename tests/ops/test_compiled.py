@@ -26,7 +26,7 @@ SPILLS = [
     (r"sm_90 .* attend(_dense)? forward (union|dense)", 320, "128 registers, so that two programs share a processor: measured 20 % faster"),
     (r"attend_backward, deterministic backward union", 192, "adds 64-bit integers"),
     (r" 128/1 576 attend", 896, "a query's rows of 576 channels and what they sum fill the registers"),
-    (r"sm_80 32/[28] 128 attend_backward backward union", 96, "128 rows, twice as wide as the registers hold with sm_80's instructions"),
+    (r"sm_80 32/[28] 128 attend_backward backward union", 192, "128 rows, twice as wide as the registers hold with sm_80's instructions"),
     (r"sm_120 16/16 128 attend_dense forward dense", 128, "128 rows in 4 warps"),
     (r"sm_80 .* align sparse kernel", 64, "the sums over keys of 16 queries fill the registers"),
     (r"select of 2048 choose_kernel", 1024, "holds the candidates of a row in registers"),

@@ -194,3 +194,11 @@ def test_the_reference_cannot_be_captured_into_a_cuda_graph(capability, impl: st
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="attend: its reference implementation .* can't be captured into a CUDA graph"):
         run("attend", "attend", impl, CUDA, *attention_inputs(), random_indices(2, 33, 1, 4, 50), 5, 0.1, None, 32)
+
+
+def test_tensors_that_stand_for_others_go_through_the_library_operator() -> None:
+    q, k, w = torch.randn(2, 1, 5, 2, 8), torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 2)
+    mapped = torch.vmap(lambda *x: index_scores(*x))(q, k, w)
+    assert torch.equal(mapped, torch.stack([index_scores(*x) for x in zip(q, k, w)]))
+    bounds = {name: torch.zeros(1, 5, dtype=torch.int32, device="meta") for name in ("start", "end")}
+    assert index_scores(*(x[0].to("meta") for x in (q, k, w)), **bounds).shape == (1, 5, 5)

@@ -155,3 +155,46 @@ def test_float64_is_refused_by_name() -> None:
     selection = Selection.from_indices(random_indices(2, 33, 1, 4, 50).to(DEVICE))
     with pytest.raises(ValueError, match="float64"):
         skim.attend(q, k, v, selection, impl="triton")
+
+
+@pytest.mark.usefixtures("one_processor")
+def test_deterministic_sums_where_values_lie_inside_keys() -> None:
+    q, k, _ = attention_inputs(T=9, S=40, H=6, G=1, D=16, V=16)
+    with deterministic():
+        check([q, k], indices=random_indices(2, 9, 1, 20, 40), v_channels=16, v=None)
+        check([torch.zeros_like(q), k], indices=random_indices(2, 9, 1, 20, 40), v_channels=16, v=None)
+
+
+def test_keys_that_no_query_reads_may_hold_nan_beside_others() -> None:
+    q, k, v = attention_inputs(B=1, T=35, S=50, H=4, G=2, D=16, V=16)
+    start, end = torch.full((1, 35), 3, dtype=torch.int32), torch.full((1, 35), 38, dtype=torch.int32)
+    start[:, 16:], end[:, :16] = 25, 20  # nobody reads 0 to 2, 20 to 24 and from 38 on
+    clean = gradients("triton", [q, k, v], None, start=start, end=end)
+    k, v = k.clone(), v.clone()
+    for x in (k, v):
+        x[:, :3], x[:, 20:25], x[:, 38:] = torch.nan, torch.nan, torch.nan
+    for a, b in zip(clean, gradients("triton", [q, k, v], None, start=start, end=end)):
+        assert torch.equal(a, b)
+
+
+def test_an_empty_row_gives_zero_whatever_its_neighbours_read() -> None:
+    q, k, v = (x.to(DEVICE) for x in attention_inputs(B=1, T=8, S=20, H=4, G=2, D=16, V=16))
+    v[:, 5] = torch.nan
+    start, end = torch.zeros(1, 8, dtype=torch.int32, device=DEVICE), torch.full((1, 8), 10, dtype=torch.int32, device=DEVICE)
+    end[:, 3] = 0
+    out, _ = skim.attend_dense(q, k, v, start=start, end=end, impl="triton")
+    assert (out[:, 3] == 0).all() and out[:, 2].isnan().any()
+
+
+def test_a_sink_that_takes_everything_leaves_finite_gradients() -> None:
+    leaves = list(attention_inputs(B=1, T=9, S=30, H=4, G=2, D=16, V=16))
+    found = gradients("triton", leaves, torch.full((4,), 200.0), indices=random_indices(1, 9, 1, 10, 30, holes=False))
+    assert all(x.isfinite().all() for x in found)
+
+
+def test_a_strided_sink_is_read_as_it_is() -> None:
+    leaves, sink = list(attention_inputs(B=1, T=9, S=30, H=4, G=2, D=16, V=16)), normal(8, seed=3)
+    indices = random_indices(1, 9, 1, 10, 30, holes=False)
+    inputs, sink = [x.to(DEVICE) for x in leaves], sink.to(DEVICE)[::2]
+    a, b = (skim.attend(*inputs, indices=indices.to(DEVICE), sink=x, impl="triton")[0] for x in (sink, sink.contiguous()))
+    assert torch.equal(a, b)

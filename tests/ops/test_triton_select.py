@@ -302,3 +302,9 @@ def test_any_shape_and_any_visibility(B, T, S, heads, budget, keep, seed):
         patch.setattr(kernels, "ROOM", 0)
         patch.setattr(kernels, "SPLIT", 32)
         compare(whole_numbers(B, T, S, *heads, seed=seed), budget, start=start, end=end, keep_first=keep[0], keep_recent=keep[1])
+
+
+def test_the_lse_of_very_low_scores_and_splits_that_see_nothing() -> None:
+    q, k, weights = index_inputs(1, 1, 4096, J=4, E=16)
+    inputs = q.abs(), k.abs(), weights.abs() * -2000
+    compare(inputs, 40, with_scores=True, start=torch.zeros(1, 1, dtype=torch.int32), end=torch.full((1, 1), 100, dtype=torch.int32))

@@ -92,7 +92,7 @@ def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if indexer is not None and (sparse or keeps_keys):
         hidden = args[0] if args else kwargs["hidden_states"]
         with torch.set_grad_enabled(forward.recording):
-            index = indexer(hidden.detach(), kwargs["position_embeddings"])
+            index = indexer(hidden.detach(), kwargs["position_embeddings"], keys_only=not sparse)
             unquantised = index.k
             keys = indexer.cached(index.k)
         if keeps_keys:

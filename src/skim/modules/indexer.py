@@ -78,26 +78,32 @@ class LightningIndexer(nn.Module):
             nn.init.normal_(projection.weight, std=1.0 / (input_rms * projection.weight.shape[1] ** 0.5))
         self.k_norm.reset_parameters()
 
-    def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], q_latent: Tensor | None = None) -> IndexTensors:
+    def forward(
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], q_latent: Tensor | None = None, keys_only: bool = False
+    ) -> IndexTensors:
         """Index tensors of `hidden` `[B, T, hidden_size]`.
 
         Args:
             hidden: the attention's input, behind its layer norm.
             position_embeddings: cos and sin `[B, T, n]`, the model's own.
             q_latent: `[B, T, query_size]` normalised query latent of an MLA model.
+            keys_only: nothing is selected now, so q and weights stay empty, `[B, 0, ...]`.
         """
         B, T, _ = hidden.shape
         cos, sin = (frequencies(table, self.rope_dim, self.repeated_table).expand(B, -1, -1) for table in position_embeddings)
         own = self.wk.weight.dtype  # float32 while it trains under a bf16 model
-        q = self.wq_b((hidden if q_latent is None else q_latent).to(own)).view(B, T, self.n_heads, self.head_dim)
         k = self.wk(hidden.to(own))
-        wide = accumulator(hidden.dtype)
+        wide, norm, dtype = accumulator(hidden.dtype), self.k_norm, k.dtype
+        with torch.autocast(hidden.device.type, enabled=False):
+            k = F.layer_norm(k.to(wide), (self.head_dim,), norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(dtype)
+        k = rotate(k, cos, sin, self.rope_layout)
+        if keys_only:
+            return IndexTensors(k.new_empty(B, 0, self.n_heads, self.head_dim), k, hidden.new_empty(B, 0, self.n_heads, dtype=wide))
+        q = self.wq_b((hidden if q_latent is None else q_latent).to(own)).view(B, T, self.n_heads, self.head_dim)
         with torch.autocast(hidden.device.type, enabled=False):
             # Small signed numbers that are summed over the heads: bf16 here costs recall (spec section 1.2).
             weights = F.linear(hidden.to(wide), self.weights_proj.weight.to(wide))
-            norm = self.k_norm
-            k = F.layer_norm(k.to(wide), (self.head_dim,), norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(q.dtype)
-        return IndexTensors(rotate(q, cos, sin, self.rope_layout), rotate(k, cos, sin, self.rope_layout), weights)
+        return IndexTensors(rotate(q, cos, sin, self.rope_layout), k, weights)
 
     def cached(self, k: Tensor) -> Tensor:
         """What a cache holds of the index keys `[B, T, E]`: themselves, or `[B, T, E + 4]` bytes of FP8 (`codec.pack`)."""

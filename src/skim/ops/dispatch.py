@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 OPERATORS = ("score", "select", "attend", "align", "codec")
 IMPLEMENTATIONS = ("triton", "numba", "reference")  # the fastest first
@@ -90,7 +89,8 @@ def call(op: Callable[..., Any], function: Callable[..., Any], *args: Any) -> An
     """
     tensors = [x for x in args if isinstance(x, torch.Tensor)]
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    watched = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or any(type(x) not in PLAIN for x in tensors)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
+    watched = torch.compiler.is_compiling() or transformed or any(type(x) not in PLAIN or x.is_meta for x in tensors)
     return op(*args) if recorded or watched else function(*args)
 
 

@@ -86,7 +86,9 @@ def train(
 
     out = Path(out)
     recipe = recipe or Recipe()
-    accelerator = Accelerator(log_with=recipe.tracker, project_dir=str(out))
+    # The recipe says what is computed in and accumulated; variables that `accelerate launch` sets would do it a second time.
+    accelerator = Accelerator(log_with=recipe.tracker, project_dir=str(out), mixed_precision="no")
+    accelerator.gradient_accumulation_steps = 1
     if str(accelerator.distributed_type).split(".")[-1] not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise ValueError(f"accelerate: expected one process or data parallelism, got {accelerator.distributed_type}")
     console = console if console is not None and accelerator.is_main_process else Console(quiet=True)
@@ -103,9 +105,9 @@ def train(
         **_surroundings(accelerator),
     }
     report["data"] = {"key": data.key, "rows": len(data), "tokens": len(data) * data.length, **_share(model, data, console)}
-    if accelerator.is_main_process:
-        checkpoint.clean(out)
     found = _checkpoint(out, report, resume, dry_run)
+    if accelerator.is_main_process and not dry_run:
+        checkpoint.clean(out)
     digest = base_digest(model) if recipe.stage == "warmup" else ""
     if found is None:
         report["probe"] = _probe(model, data, recipe, accelerator, console)
@@ -192,22 +194,30 @@ def _probe(model: Any, data: Rows, recipe: Recipe, accelerator: Any, console: Co
         ValueError: it doesn't fit; the nearest settings that do are named.
     """
     assert recipe.steps is not None
-    try:
-        seconds, peak = _try(model, data, recipe, accelerator)
-    except torch.OutOfMemoryError:
+    tried = _fits(model, data, recipe, accelerator)
+    if tried is None:
         where = f"the memory of {accelerator.device}"
         for flags, lighter in _lighter(recipe):
-            try:
-                _, peak = _try(model, data.with_length(lighter.length), lighter, accelerator)
-            except torch.OutOfMemoryError:
-                continue
-            raise ValueError(f"memory: this run needs more than {where}; it fits with {flags} ({peak:.1f} GiB)") from None
-        raise ValueError(f"memory: this run needs more than {where}, and so does every smaller setting") from None
+            if found := _fits(model, data.with_length(lighter.length), lighter, accelerator):
+                raise ValueError(f"memory: this run needs more than {where}; it fits with {flags} ({found[1]:.1f} GiB)")
+        raise ValueError(f"memory: this run needs more than {where}, and so does every smaller setting")
+    seconds, peak = tried
     hours = seconds * recipe.steps / 3600
     tokens = recipe.length * recipe.batch * recipe.accumulate * accelerator.num_processes
     line = f"{recipe.steps:,} steps of {tokens:,} tokens: {peak:.1f} GiB of memory at most, about {hours:.2g} hours."
     console.print(line, highlight=False, soft_wrap=True)
     return {"peak_gib": peak, "hours": hours, "seconds_per_step": seconds}
+
+
+def _fits(model: Any, data: Rows, recipe: Recipe, accelerator: Any) -> tuple[float, float] | None:
+    """`_try`, or None if memory ran out. What ran out is let go before this returns: an error in hand would hold its frames."""
+    try:
+        return _try(model, data, recipe, accelerator)
+    except torch.OutOfMemoryError:
+        pass
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
 
 
 def _try(model: Any, data: Rows, recipe: Recipe, accelerator: Any) -> tuple[float, float]:

@@ -249,7 +249,7 @@ def audit(stage: Stage, digest: str) -> None:
 
 
 def base_digest(model: nn.Module) -> str:
-    """SHA-256 of all weights and buffers that belong to no indexer."""
+    """SHA-256 of all weights and buffers that are saved and belong to no indexer; others (rotary tables) may follow the length."""
     digest = hashlib.sha256()
     for name, value in _base(model):
         digest.update(name.encode())
@@ -258,8 +258,9 @@ def base_digest(model: nn.Module) -> str:
 
 
 def _base(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    saved = model.state_dict().keys()
     for named in (model.named_parameters(), model.named_buffers()):
-        yield from ((name, value) for name, value in named if ".indexer." not in name)
+        yield from ((name, value) for name, value in named if ".indexer." not in name and name in saved)
 
 
 def token_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:

@@ -55,7 +55,7 @@ def align(
     dtype, (J, E) = accumulator(q_index.dtype), q_index.shape[2:]
     w, w_scale = head_weights(weights, None, E).to(dtype), J**-0.5 * E**-0.5
     loss = torch.zeros((), dtype=dtype, device=q.device)
-    dq, dk, dw = torch.zeros_like(q_index, dtype=dtype), torch.zeros_like(k_index, dtype=dtype), torch.zeros_like(w)
+    dq, dk, dw = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q_index, k_index, w))
     counted = (end.clamp(max=k.shape[1]) > start.clamp(min=0)) if indices is None else (indices >= 0).any(-1)
     for b in range(q.shape[0]):
         step = _dense_rows if indices is None else _sparse_rows

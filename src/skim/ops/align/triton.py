@@ -42,6 +42,8 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
         return "it computes in float32 at most, and inputs are float64"
     if args[10] is not None:
         return "it does not sum heads over a process group"
+    if args[8] is None and args[9] <= 0:
+        return "it makes the attention's lse by kernels that take a positive scale, and the scale is not"
     J, E = args[2].shape[2:]
     if triton.next_power_of_2(J) * triton.next_power_of_2(E) > LARGEST:
         return f"an indexer of {J} heads and {E} channels is too large for its tiles"
@@ -244,14 +246,15 @@ def align(
     rows = seen.sum().clamp(min=1).float()
 
     both = torch.promote_types(q_index.dtype, k_index.dtype)
-    query, keys = q_index.to(both), k_index.to(both).contiguous()
+    q, k, query = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, q_index.to(both)))
+    keys = k_index.to(both).contiguous()
     finite = keys.nan_to_num(0.0, 0.0, 0.0) if indices is None else keys  # an interval may hold keys that none of a tile's queries sees
     weight_scale = J**-0.5 * E**-0.5
     w = torch.where(seen[..., None], weights.float() * weight_scale, 0.0).contiguous()
     gain = 2.0**15 if both == torch.float16 else 1.0  # most of softmax - p, which is at most 1, is too small for float16
     tile = _tiles(q, k, query)
-    loss = torch.empty(B * tiles_of(T, tile.queries), device=q.device)
-    dq = torch.empty(B, T, J, E, device=q.device)
+    loss = torch.empty(B * tiles_of(T, tile.queries), dtype=torch.float32, device=q.device)
+    dq = torch.empty(B, T, J, E, dtype=torch.float32, device=q.device)
     unit = _unit(query, w, seen, gain) if torch.are_deterministic_algorithms_enabled() else None
     dk = torch.zeros(B, S, E, dtype=torch.float32 if unit is None else torch.int64, device=q.device)
 

@@ -120,7 +120,7 @@ def _fake_attend(q: Tensor, v_channels: int) -> tuple[Tensor, Tensor]:
 
 def _fake_backward(q: Tensor, k: Tensor, v: Optional[Tensor], sink: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dv = k.new_empty(0) if v is None else v.new_empty(v.shape)
-    return torch.empty_like(q), k.new_empty(k.shape), dv, q.new_empty(0, dtype=accumulator(q.dtype)) if sink is None else torch.empty_like(sink)
+    return q.new_empty(q.shape), k.new_empty(k.shape), dv, q.new_empty(0, dtype=accumulator(q.dtype)) if sink is None else torch.empty_like(sink)
 
 
 def _run_attend(

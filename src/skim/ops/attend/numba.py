@@ -172,7 +172,7 @@ def attend(
     S, G, (R, K) = k.shape[1], k.shape[2], indices.shape[2:]
     if indices.numel() and int(indices.max()) >= S:
         raise IndexError(f"indices: expected positions below {S}, the number of keys, got {int(indices.max())}")
-    out, lse = torch.empty(B, T, H, v_channels), torch.empty(B, T, H)
+    out, lse = (torch.empty(*shape, dtype=torch.float32, device=q.device) for shape in ((B, T, H, v_channels), (B, T, H)))
     queries, reads = array((q.to(torch.float32) * scale).contiguous()), array(indices.to(torch.int32).contiguous())
     sinks = np.full(H, -np.inf, np.float32) if sink is None else array(sink.to(torch.float32).contiguous())
     outs, lses = array(out), array(lse)

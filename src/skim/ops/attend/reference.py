@@ -133,7 +133,7 @@ def attend_backward(
     S, G = k.shape[1:3]
     R, K = indices.shape[2:]
     dtype = accumulator(q.dtype)
-    dq, dk = torch.empty_like(q), torch.zeros(B, S * G, D, dtype=dtype, device=q.device)
+    dq, dk = q.new_empty(q.shape), torch.zeros(B, S * G, D, dtype=dtype, device=q.device)
     dv = None if v is None else torch.zeros(B, S * G, v_channels, dtype=dtype, device=q.device)
     dsink = torch.zeros(H if sink is not None else 0, dtype=dtype, device=q.device)
     sinks = None if sink is None else sink.view(R, G // R, H // G)
@@ -245,7 +245,7 @@ def attend_dense_backward(
     B, T, H, D = q.shape
     S, G = k.shape[1:3]
     dtype = accumulator(q.dtype)
-    dq, dk = torch.zeros_like(q), torch.zeros(B, G, S, D, dtype=dtype, device=q.device)
+    dq, dk = q.new_zeros(q.shape), torch.zeros(B, G, S, D, dtype=dtype, device=q.device)
     dv = None if v is None else torch.zeros(B, G, S, v_channels, dtype=dtype, device=q.device)
     dsink = torch.zeros(H if sink is not None else 0, dtype=dtype, device=q.device)
     for b in range(B):

@@ -134,7 +134,7 @@ def forward(
     """
     HEADS: tl.constexpr = H // G
     blocks: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
-    g = tl.program_id(1) // blocks
+    g = (tl.program_id(1) // blocks).to(tl.int64)
     selection = g // (G // R)
     split = tl.program_id(2)
     tile, served = _tile(COUNTS, first, T, tiles, limit, selection, R, SHARED_TILE, MODE)
@@ -175,16 +175,19 @@ def forward(
     largest = tl.full([TILE * BLOCK_H], -1e30, tl.float32)
     total = tl.zeros([TILE * BLOCK_H], tl.float32)
     acc = tl.zeros([TILE * BLOCK_H, V0], tl.float32)
-    if MODE == ROWS:
+    AHEAD: tl.constexpr = MODE == ROWS and D0 <= 256  # where registers are short they are worth more than the wait, measured
+    if AHEAD:
         ahead = _load_keys(READS, begin, end, BLOCK_K, MODE)
     for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        if MODE == ROWS:
+        if AHEAD:
             block = ahead
             ahead = _load_keys(READS, at + BLOCK_K, end, BLOCK_K, MODE)  # so that gathers needn't wait for it
-        else:  # registers are short where tiles are large: measured, they are worth more than the wait
+        else:
             block = _load_keys(READS, at, end, BLOCK_K, MODE)
         real = block >= 0
         reads = _readers(block, BITS, at, end, i, low, high, BLOCK_K, MODE)
+        if MODE == DENSE:  # there may be gaps between intervals
+            real = real & (tl.max(reads.to(tl.int32), 0) > 0)
         key = tl.maximum(block, 0).to(tl.int64)
         k0 = _channels(keys, key, real, k_s, 0, D0, D)
         s = _dot(q0, tl.trans(k0))
@@ -213,7 +216,8 @@ def forward(
         row += split.to(tl.int64) * rows
     c = tl.arange(0, V0)
     tl.store(LSE + row, lse, mask=ok)
-    tl.store(OUT + row[:, None] * V_ + c[None, :], (acc * factor[:, None]).to(OUT.dtype.element_ty), mask=ok[:, None] & (c[None, :] < V_))
+    out = tl.where(empty[:, None], 0.0, acc * factor[:, None])  # what neighbours read, even NaN, stays with them
+    tl.store(OUT + row[:, None] * V_ + c[None, :], out.to(OUT.dtype.element_ty), mask=ok[:, None] & (c[None, :] < V_))
 
 
 @triton.jit
@@ -263,7 +267,7 @@ def prepare(
     dlse = tl.load(DLSE + row, mask=alive, other=0.0)
     if HAS_SINK:
         sink = tl.load(SINK + h, mask=ok, other=0.0).to(tl.float32)
-        excess = tl.exp2((sink - lse) * LOG2E)  # the sink's weight beside the keys'
+        excess = tl.exp2(tl.minimum((sink - lse) * LOG2E, 126.0))  # the sink's weight beside the keys', finite
         tl.store(DSINK + row, tl.where(alive, -delta * excess / (1 + excess), 0.0), mask=ok)
         lse += tl.log2(1 + excess) / LOG2E
         dlse *= 1 + excess
@@ -292,7 +296,7 @@ def backward(
     """dq of one tile, key head and block of its query heads; and unless DENSE, its part of dk and dv added to `[B, S, G, ..]`."""
     HEADS: tl.constexpr = H // G
     blocks: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
-    g = tl.program_id(1) // blocks
+    g = (tl.program_id(1) // blocks).to(tl.int64)
     selection = g // (G // R)
     tile, served = _tile(COUNTS, first, T, tiles, limit, selection, R, SHARED_TILE, MODE)
     if served:
@@ -340,11 +344,19 @@ def backward(
 
     natural = scale / LOG2E
     dq0 = tl.zeros([TILE * BLOCK_H, D0], tl.float32)
-    ahead = _load_keys(READS, begin, end, BLOCK_K, MODE)
+    AHEAD: tl.constexpr = D0 <= 256
+    if AHEAD:
+        ahead = _load_keys(READS, begin, end, BLOCK_K, MODE)
     for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        block, real = ahead, ahead >= 0
-        ahead = _load_keys(READS, at + BLOCK_K, end, BLOCK_K, MODE)  # so that gathers needn't wait for it
+        if AHEAD:
+            block = ahead
+            ahead = _load_keys(READS, at + BLOCK_K, end, BLOCK_K, MODE)  # so that gathers needn't wait for it
+        else:
+            block = _load_keys(READS, at, end, BLOCK_K, MODE)
+        real = block >= 0
         reads = _readers(block, BITS, at, end, i, low, high, BLOCK_K, MODE)
+        if MODE == DENSE:  # there may be gaps between intervals
+            real = real & (tl.max(reads.to(tl.int32), 0) > 0)
         key = tl.maximum(block, 0).to(tl.int64)
         k0 = _channels(keys, key, real, k_s, 0, D0, D)
         s = _dot(q0, tl.trans(k0))
@@ -386,7 +398,7 @@ def backward_keys(
     """dk and dv of a block of keys over all queries that see them, for attention over intervals: program (keys, key head, row of the batch)."""
     HEADS: tl.constexpr = H // G
     key = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    g, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    g, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     real = key < S
     offset = key.to(tl.int64)
     keys = K + b * k_b + g * k_g
@@ -424,7 +436,7 @@ def backward_keys(
                 p = tl.where(reads, tl.exp2(s * scale - full[None, :]), 0.0)
                 grad_row = GRAD + b * g_b + t.to(tl.int64)[:, None] * g_t + h[:, None] * g_h
                 grad = tl.load(grad_row + cv[None, :], mask=alive[:, None] & (cv[None, :] < V_), other=0.0)
-                ds = (p * (_dot(v, tl.trans(grad)) + shift[None, :]) * natural).to(q0.dtype)
+                ds = tl.where(reads, p * (_dot(v, tl.trans(grad)) + shift[None, :]) * natural, 0.0).to(q0.dtype)
                 if VALUES_IN_KEYS:
                     dk0 = _dot(p.to(q0.dtype), grad, dk0)
                 else:
@@ -555,7 +567,7 @@ def _contiguous_channels(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def attend(
     q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, v_channels: int, scale: float, sink: Tensor | None, workspace_mb: int
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _contiguous_channels(q, k, v)  # type: ignore[assignment]
+    q, k, v, sink = _contiguous_channels(q, k, v, sink)  # type: ignore[assignment]
     B, T, H, _ = q.shape
     R, K = indices.shape[2:]
     out, lse = q.new_empty(B, T, H, v_channels), q.new_empty(B, T, H, dtype=torch.float32)
@@ -587,7 +599,7 @@ def _shared_tile(q: Tensor, k: Tensor, v_channels: int, gradients: bool) -> int:
 def attend_dense(
     q: Tensor, k: Tensor, v: Tensor | None, start: Tensor, end: Tensor, v_channels: int, scale: float, sink: Tensor | None, workspace_mb: int
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _contiguous_channels(q, k, v)  # type: ignore[assignment]
+    q, k, v, sink = _contiguous_channels(q, k, v, sink)  # type: ignore[assignment]
     B, T, H, _ = q.shape
     out, lse = q.new_empty(B, T, H, v_channels), q.new_empty(B, T, H, dtype=torch.float32)
     if k.shape[1] == 0 or out.numel() == 0:
@@ -614,7 +626,7 @@ class _Prepared(NamedTuple):
 
 def _prepare(grad: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, sink: Tensor | None) -> _Prepared:
     B, T, H, V = out.shape
-    (grad,) = _contiguous_channels(grad)  # type: ignore[assignment]
+    grad, sink = _contiguous_channels(grad, sink)  # type: ignore[assignment]
     full, shift = torch.empty(2, B, T, H, dtype=torch.float32, device=out.device)
     dsink = torch.empty(B, T, H if sink is not None else 0, dtype=torch.float32, device=out.device)
     V0 = max(16, triton.next_power_of_2(V))
@@ -627,8 +639,11 @@ def _prepare(grad: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, sink: Tensor 
     return _Prepared(grad, full, shift, total)
 
 
-def _factors(q: Tensor, k: Tensor, v: Tensor, prepared: _Prepared, scale: float) -> Tensor:
-    """Powers of two that turn the gradients of a key and of a value into integers: their largest possible sums become 2^62."""
+def _factors(q: Tensor, v: Tensor, prepared: _Prepared, scale: float, shared: bool) -> Tensor:
+    """Powers of two that turn the gradients of a key and of a value into integers: their largest possible sums become 2^62.
+
+    shared: the keys' gradient holds the values' too.
+    """
 
     def largest(x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
@@ -636,7 +651,8 @@ def _factors(q: Tensor, k: Tensor, v: Tensor, prepared: _Prepared, scale: float)
     rows = q.shape[1] * q.shape[2]
     grad = largest(prepared.grad)
     ds = grad * largest(v) * v.shape[3] + largest(prepared.shift)
-    bounds = torch.stack((ds * largest(q) * abs(scale) * rows, grad * rows))
+    of_key, of_value = ds * largest(q) * abs(scale) * rows, grad * rows
+    bounds = torch.stack((of_key + of_value if shared else of_key, of_value))
     exponent = (62 - bounds.log2()).floor().clamp(max=120)
     return torch.where(exponent.isfinite(), exponent, 24.0).exp2()
 
@@ -681,9 +697,10 @@ def attend_backward(
     R, K = indices.shape[2:]
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     values = k[..., :v_channels] if v is None else v
-    factors = _factors(q, k, values, prepared, scale) if torch.are_deterministic_algorithms_enabled() else None
-    sums = torch.int64 if factors is not None else torch.float32
     alone = _plan(q, k, v, v_channels, 1, True)
+    exact = torch.are_deterministic_algorithms_enabled() and min(q.numel(), k.numel()) > 0
+    factors = _factors(q, values, prepared, scale, alone.VALUES_IN_KEYS) if exact else None
+    sums = torch.int64 if factors is not None else torch.float32
     dk = torch.zeros(k.shape, dtype=sums, device=k.device)
     dv = dk if alone.VALUES_IN_KEYS else torch.zeros(values.shape, dtype=sums, device=k.device)
     if k.shape[1] and K and q.numel():
@@ -700,7 +717,9 @@ def attend_backward(
                 _launch_backward(*args, plan, UNION.value, n, R, (keys, bits, counts), first=first, limit=limit)
                 _launch_backward(*args, alone, ROWS.value, n * tile, R, (indices, bits, counts), first=first, limit=limit, shared_tile=tile)
     if factors is not None:
-        dk, dv = dk / factors[0], dv / factors[1] if dv is not dk else dk
+        shared = dv is dk
+        dk = dk / factors[0]
+        dv = dk if shared else dv / factors[1]
     return _finish(dq, dk, dv, v, prepared)
 
 

@@ -105,7 +105,7 @@ def unions(indices: Tensor, S: int, tile: int, workspace_mb: int, most: int | No
         reads that key), counts int32 `[tiles, R]`.
     """
     B, T, R, K = indices.shape
-    tiles, words, capacity = B * tiles_of(T, tile), -(-S // 32), min(tile * K, S, tile * K if most is None else most)
+    tiles, words, capacity = B * tiles_of(T, tile), max(1, -(-S // 32)), min(tile * K, S, tile * K if most is None else most)
     programs = min(tiles * R, PROGRAMS * processors(indices.device), max(1, (workspace_mb << 19) // (4 * tile * words)))  # half of it at most
     parts = list(chunks(tiles, 8 * R * capacity, max(1, workspace_mb - (4 * programs * tile * words >> 20))))
     widest = max((part.stop - part.start for part in parts), default=0)

@@ -75,7 +75,7 @@ def _index_scores_backward(
 
 @_index_scores_backward.register_fake
 def _(grad, q, k, weights, start, end, workspace_mb, impl):  # type: ignore[no-untyped-def]
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(weights)
+    return q.new_empty(q.shape), k.new_empty(k.shape), weights.new_empty(weights.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

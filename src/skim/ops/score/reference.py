@@ -127,7 +127,7 @@ def index_scores_backward(
     B, T, J, E = q.shape
     dtype, S = accumulator(q.dtype), k.shape[1]
     w, scale = head_weights(weights, None, E).to(dtype), J**-0.5 * E**-0.5
-    grad_q, grad_k, grad_w = torch.zeros_like(q), torch.zeros_like(k, dtype=dtype), torch.zeros_like(weights)
+    grad_q, grad_k, grad_w = q.new_zeros(q.shape), k.new_zeros(k.shape, dtype=dtype), weights.new_zeros(weights.shape)
     for b in range(B):
         for rows in chunks(T, bytes_per_row(q, S), workspace_mb):
             low, high = bounds(start[b, rows], end[b, rows], S)

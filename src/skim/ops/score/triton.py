@@ -79,6 +79,7 @@ def operands(q: Tensor, k: Tensor, k_scale: Tensor | None) -> tuple[Tensor, Tens
         q, k = q.to(dtype), k.to(dtype)
     elif q.itemsize == 1 and architecture() < 89:
         q, k = (x.to(torch.float32 if INTERPRETED else torch.bfloat16) for x in (q, k))
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     return q, k, None if k_scale is None else k_scale.float().contiguous()
 
 
@@ -101,7 +102,7 @@ def column_query(BQ: tl.constexpr, BJ: tl.constexpr):
 def load_queries(Q, W, stride_t, stride_j, t0, T, J, E, block, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr):
     """A block of heads of the queries t0, t0 + 1, ...: `[BQ * BJ, BE]`, and their weights `[BQ * BJ]`; Q, W of one batch row."""
     query, head = column_query(BQ, BJ)
-    t, j, e = (t0 + query).to(tl.int64), block * BJ + head, tl.arange(0, BE)
+    t, j, e = (t0 + query).to(tl.int64), (block * BJ + head).to(tl.int64), tl.arange(0, BE)
     real = (t < T) & (j < J)
     q = tl.load(Q + (t * stride_t + j * stride_j)[:, None] + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0)
     return q, tl.load(W + t * J + j, mask=real, other=0.0)

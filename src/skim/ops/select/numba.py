@@ -213,10 +213,10 @@ def select(
     """As the reference: indices `[B, T, K]`, counts `[B, T]`, and with `with_scores` their scores `[B, T, K]` and the lse `[B, T]`."""
     B, T, J, E = q.shape
     S = k.shape[1]
-    indices = torch.full((B, T, budget), -1, dtype=torch.int32)
-    counts = torch.zeros(B, T, dtype=torch.int32)
-    chosen = torch.full((B, T, budget) if with_scores else (0,), -torch.inf)
-    lse = torch.full((B, T) if with_scores else (0,), -torch.inf)
+    indices = torch.full((B, T, budget), -1, dtype=torch.int32, device=q.device)
+    counts = torch.zeros(B, T, dtype=torch.int32, device=q.device)
+    chosen = torch.full((B, T, budget) if with_scores else (0,), -torch.inf, dtype=torch.float32, device=q.device)
+    lse = torch.full((B, T) if with_scores else (0,), -torch.inf, dtype=torch.float32, device=q.device)
 
     start, end = start.clamp(min=0).contiguous(), end.clamp(max=S).contiguous()
     scored = end - start > (0 if with_scores else budget)  # who keeps all that it sees needs no scores

@@ -22,6 +22,7 @@ from skim.ops.score import triton as score
 from skim.ops.score.triton import INTERPRETED, PROGRAMS, Tile, head_weights, load_interval, load_queries, operands, score_tile, union
 
 BUDGET = 8192  # the candidates of a row lie in the registers of one program
+STRATA = 32768  # keys that a row may have to be sampled at
 SAMPLE = 4096  # keys that a row is sampled at, at most
 CAPACITY = 1024  # candidates that a row may have, at least
 ROOM = 1  # tiles of keys by which thresholds may be too low, because they are cut at tiles
@@ -365,7 +366,8 @@ def choose_kernel(
         sums = 0.0
         for j in range(splits):
             maximum = tl.load(MAXIMA + row * splits + j)
-            sums += tl.load(SUMS + row * splits + j) * tl.exp(tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum) - base)
+            own = tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+            sums += tl.load(SUMS + row * splits + j) * tl.exp(tl.where(maximum == float("-inf"), base, own) - base)
         tl.store(LSE + out, base + tl.log(sums))
     if (size <= budget) & (not WITH_SCORES):
         for origin in range(0, size, 1024):
@@ -472,6 +474,8 @@ def refusal(function: str, args: tuple) -> str | None:
     else:
         keys, budget = args[1].shape[1], args[7]
         reason = score.refusal(function, args)
+    if reason is None and sampling(min(budget, max(keys, 1)), max(keys, 1), 128)[0] > STRATA:
+        reason = f"Triton kernels sample up to {STRATA} keys of a row, and {keys} keys with a budget of {budget} need more"
     if reason is None and min(budget, keys) > BUDGET:
         reason = f"Triton kernels select up to {BUDGET} keys, got a budget of {budget}"
     return reason
