@@ -366,3 +366,12 @@ def test_indexers_that_serve_other_layers_are_trained(rows, tmp_path):
     assert sum(report["kl"][-10:]) < 0.8 * sum(report["kl"][:10])
     assert set(report["kl_by_layer"]) == {"0", "1"} and len([x for x in converted_layers(model).values() if hasattr(x, "indexer")]) == 1
     assert Path(tmp_path / "adapter" / "skim_model.safetensors").is_file() and report["kept_mass"]
+
+
+def test_sums_on_a_gpu_are_made_in_one_order_while_training() -> None:
+    with loop._repeatable(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    with loop._repeatable(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import platform
 import sys
 import time
@@ -108,33 +109,34 @@ def train(
     found = _checkpoint(out, report, resume, dry_run)
     if accelerator.is_main_process and not dry_run:
         checkpoint.clean(out)
-    digest = base_digest(model) if recipe.stage == "warmup" else ""
-    if found is None:
-        report["probe"] = _probe(model, data, recipe, accelerator, console)
-        if dry_run:
-            return report
-    else:
-        report["probe"] = found["report"]["probe"]
-    stage = Stage(model, recipe, accelerator, _first(data, recipe, accelerator))
-    run = Run()
-    if found is not None:
-        run = Run(**found["run"])
-        _restore(stage, found)
-        console.print(f"Going on after step {run.step}.")
-    if recipe.tracker:
-        accelerator.init_trackers("skim", config={k: v for k, v in asdict(recipe).items() if v is not None})
-    _steps(stage, run, data, out, report, console)
-    if recipe.stage == "warmup":
-        audit(stage, digest)
-        report["audit"] = "the base has no gradient and no optimizer state, and is bit for bit as it was"
-    report |= _summary(stage, run)
-    accelerator.wait_for_everyone()
-    _save(stage, out, report, tokenizer, accelerator.is_main_process)
-    console.print(_table(report))
-    console.print(f"Written to {out}", highlight=False, soft_wrap=True)
-    if recipe.tracker:
-        accelerator.end_training()
-    return report
+    with _repeatable(accelerator.device):
+        digest = base_digest(model) if recipe.stage == "warmup" else ""
+        if found is None:
+            report["probe"] = _probe(model, data, recipe, accelerator, console)
+            if dry_run:
+                return report
+        else:
+            report["probe"] = found["report"]["probe"]
+        stage = Stage(model, recipe, accelerator, _first(data, recipe, accelerator))
+        run = Run()
+        if found is not None:
+            run = Run(**found["run"])
+            _restore(stage, found)
+            console.print(f"Going on after step {run.step}.")
+        if recipe.tracker:
+            accelerator.init_trackers("skim", config={k: v for k, v in asdict(recipe).items() if v is not None})
+        _steps(stage, run, data, out, report, console)
+        if recipe.stage == "warmup":
+            audit(stage, digest)
+            report["audit"] = "the base has no gradient and no optimizer state, and is bit for bit as it was"
+        report |= _summary(stage, run)
+        accelerator.wait_for_everyone()
+        _save(stage, out, report, tokenizer, accelerator.is_main_process)
+        console.print(_table(report))
+        console.print(f"Written to {out}", highlight=False, soft_wrap=True)
+        if recipe.tracker:
+            accelerator.end_training()
+        return report
 
 
 def _share(model: Any, data: Rows, console: Console) -> dict[str, float]:
@@ -185,6 +187,24 @@ def _order(rows: int, seed: int, epoch: int) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------------------ probe
+
+
+@contextlib.contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU sums are made in one order within this, so that a run that goes on from a checkpoint gives the same bits."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    fills: Any = torch.utils.deterministic  # else everything that is allocated would be filled with NaN first
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), fills.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fills.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        fills.fill_uninitialized_memory = before[2]
 
 
 def _probe(model: Any, data: Rows, recipe: Recipe, accelerator: Any, console: Console) -> dict[str, float]:

@@ -11,7 +11,8 @@ UNION gathers a key once for all its neighbours, which is 5 times less where sel
 they don't it only multiplies the arithmetic, so a tile whose union is larger than half its selections together is left
 to ROWS; programs decide that by themselves, without the host.
 
-A NaN in a key that one query of a tile reads may reach its neighbours; keys that no query reads may hold anything.
+A NaN in a key that one query of a tile reads may reach its neighbours, and so may one between the intervals of a tile's
+queries; keys that no query reads may hold anything otherwise.
 """
 
 from __future__ import annotations
@@ -186,8 +187,6 @@ def forward(
             block = _load_keys(READS, at, end, BLOCK_K, MODE)
         real = block >= 0
         reads = _readers(block, BITS, at, end, i, low, high, BLOCK_K, MODE)
-        if MODE == DENSE:  # there may be gaps between intervals
-            real = real & (tl.max(reads.to(tl.int32), 0) > 0)
         key = tl.maximum(block, 0).to(tl.int64)
         k0 = _channels(keys, key, real, k_s, 0, D0, D)
         s = _dot(q0, tl.trans(k0))
@@ -355,8 +354,6 @@ def backward(
             block = _load_keys(READS, at, end, BLOCK_K, MODE)
         real = block >= 0
         reads = _readers(block, BITS, at, end, i, low, high, BLOCK_K, MODE)
-        if MODE == DENSE:  # there may be gaps between intervals
-            real = real & (tl.max(reads.to(tl.int32), 0) > 0)
         key = tl.maximum(block, 0).to(tl.int64)
         k0 = _channels(keys, key, real, k_s, 0, D0, D)
         s = _dot(q0, tl.trans(k0))
