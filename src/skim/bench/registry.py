@@ -53,9 +53,7 @@ class Setting:
 
     def index(self, T: int, budget: int, heads: int, channels: int, seed: int, batch: int = 1) -> IndexInputs:
         kind = "random" if self.kind == "-" else self.kind
-        return selections.index_inputs(
-            kind, T, self.n, budget, heads, channels, batch=batch, dtype=self.dtype, device=self.device, seed=seed
-        )
+        return selections.index_inputs(kind, T, self.n, budget, heads, channels, batch=batch, dtype=self.dtype, device=self.device, seed=seed)
 
 
 @dataclass

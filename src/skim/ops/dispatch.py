@@ -22,12 +22,17 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 SM = (8, 0)  # the first NVIDIA GPUs with bf16 matrix units and asynchronous copies
 
 
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _without(implementation: str, device_type: str, index: int | None) -> str | None:
     """Why `implementation` runs nothing on this device, or None."""
     if implementation == "triton":
         if util.find_spec("triton") is None:
             return "Triton is not installed: pip install 'skim-attention[gpu]'"
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if interpreted():
             return None
         if device_type != "cuda":
             return f"Triton kernels run on NVIDIA GPUs (or interpreted, TRITON_INTERPRET=1), not on {device_type}"
@@ -68,8 +73,7 @@ def implementation(operator: str, impl: str, device: torch.device, function: str
         raise ValueError(f"impl: expected 'auto' or one of {IMPLEMENTATIONS} for {operator!r}, got {impl!r}")
     candidates: tuple[str, ...] = (impl,)
     if impl == "auto":  # kernels under the interpreter are for tests, which ask for them by name
-        interpreted = device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-        candidates = tuple(name for name in IMPLEMENTATIONS if name != "triton" or not interpreted)
+        candidates = tuple(name for name in IMPLEMENTATIONS if name != "triton" or (device.type == "cuda" and not interpreted()))
     reason: str | None = None
     for name in candidates:
         module = _module(operator, name, device.type, device.index)
@@ -111,7 +115,7 @@ def capability(device: torch.device) -> int:
         return 10 * major + minor
     from triton.runtime import driver
 
-    return driver.active.get_current_target().arch if os.environ.get("TRITON_INTERPRET") != "1" else 90
+    return 90 if interpreted() else driver.active.get_current_target().arch
 
 
 def shared_memory(device: torch.device) -> int:

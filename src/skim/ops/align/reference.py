@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from skim.ops.attend.reference import by_key_head, dense_bytes, dense_keys
-from skim.ops.score.reference import bounds, bytes_per_row, head_weights, score_gradients, visible_mask
+from skim.ops.score.reference import bounds, bytes_per_row, score_gradients, visible_mask
+from skim.ops.score.weights import head_weights
 from skim.ops.workspace import accumulator, chunks, unscaled
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]

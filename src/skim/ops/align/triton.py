@@ -244,6 +244,7 @@ def align(
     lse = (lse.float() * LOG2E.value + log2(H)).contiguous()
     seen = (end.clamp(max=S) > start.clamp(min=0) if indices is None else indices.amax(-1) >= 0).contiguous()
     rows = seen.sum().clamp(min=1).float()
+    start, end = start.contiguous(), end.contiguous()
 
     both = torch.promote_types(q_index.dtype, k_index.dtype)
     q, k, query = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, q_index.to(both)))
@@ -260,7 +261,7 @@ def align(
 
     def launch(first: int, programs: int, selected: Optional[Tensor], bits: Optional[Tensor], counts: Optional[Tensor]) -> None:
         kernel[(programs,)](
-            q, k, query, keys, finite, w, lse, start.contiguous(), end.contiguous(), seen, selected, bits, counts, loss, dq, dk, unit,
+            q, k, query, keys, finite, w, lse, start, end, seen, selected, bits, counts, loss, dq, dk, unit,
             first, scale * LOG2E.value, T, S, tiles_of(T, tile.queries), 0 if selected is None else selected.shape[-1],
             *q.stride()[:3], *k.stride()[:3], *query.stride()[:3],
             H, G, D, J, E, triton.next_power_of_2(J), max(16, triton.next_power_of_2(E)),

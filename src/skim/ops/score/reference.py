@@ -10,6 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from skim.ops.score.weights import head_weights
 from skim.ops.workspace import accumulator, chunks
 
 KEYS = 512
@@ -32,12 +33,6 @@ class TiledKeys:
         self.size, self.scale = S, scale
         self.tiles = torch.zeros(-(-S // KEYS), KEYS, E, dtype=accumulator(k.dtype), device=k.device)
         self.tiles.view(-1, E)[:S] = k.to(self.tiles.dtype)
-
-
-def head_weights(weights: Tensor, q_scale: Optional[Tensor], E: int) -> Tensor:
-    """weights `[..., J]` with `J^-1/2`, `E^-1/2` and, for FP8 queries, their scale folded in."""
-    scaled = weights.to(accumulator(weights.dtype)) * (weights.shape[-1] ** -0.5 * E**-0.5)
-    return scaled if q_scale is None else scaled * q_scale
 
 
 def score_rows(q: Tensor, keys: TiledKeys, w: Tensor, low: int, high: int) -> Tensor:

@@ -7,25 +7,19 @@ the selection, which makes its scores by the same functions.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
-from skim.ops.dispatch import shared_memory
+from skim.ops.dispatch import capability, interpreted, shared_memory
+from skim.ops.score.weights import head_weights
 
 PROGRAMS = 264  # as many as fill a large card twice: where there are fewer tiles of queries, the keys are split
 CHANNELS = 512
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def architecture() -> int:
-    """90 for sm_90; 0 in the interpreter."""
-    return 0 if INTERPRETED else int(driver.active.get_current_target().arch)
+INTERPRETED = interpreted()
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Tile:
         T, J, E = q.shape[1:]
         limit = shared_memory(q.device)
         BE = max(triton.next_power_of_2(E), 32 if q.itemsize == 1 else 16)
-        wide = 90 <= architecture() < 120  # matrix units that read both operands from shared memory
+        wide = 90 <= capability(q.device) < 120  # matrix units that read both operands from shared memory
         BN, columns = (32, 32) if q.dtype == torch.float32 else (128, 128 if wide else 64)  # float32 has none: its products lie in registers
         blocks = 1 if columns >= J else 2  # further heads are loaded beside the first
         while q.itemsize * BE * (BN + blocks * columns) > limit - 2048:
@@ -65,19 +59,13 @@ class Tile:
         return {name: getattr(self, name) for name in ("BN", "BQ", "BJ", "BE", "HEADS")}
 
 
-def head_weights(weights: Tensor, q_scale: Tensor | None, E: int) -> Tensor:
-    """float32 weights `[B, T, J]` with `J^-1/2`, `E^-1/2` and, for FP8 queries, their scale folded in."""
-    scaled = weights.float() * (weights.shape[-1] ** -0.5 * E**-0.5)
-    return (scaled if q_scale is None else scaled * q_scale).contiguous()
-
-
 def operands(q: Tensor, k: Tensor, k_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """q and k in one dtype that the matrix units have (FP8 values are exact in any wider one), and k's scale."""
     if q.dtype != k.dtype:
         eight = torch.float8_e4m3fn
         dtype = k.dtype if q.dtype == eight else q.dtype if k.dtype == eight else torch.promote_types(q.dtype, k.dtype)
         q, k = q.to(dtype), k.to(dtype)
-    elif q.itemsize == 1 and architecture() < 89:
+    elif q.itemsize == 1 and (INTERPRETED or capability(q.device) < 89):
         q, k = (x.to(torch.float32 if INTERPRETED else torch.bfloat16) for x in (q, k))
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     return q, k, None if k_scale is None else k_scale.float().contiguous()
@@ -283,7 +271,7 @@ def index_scores(
     scores = torch.empty(B, T, S, dtype=torch.float32, device=q.device)
     if scores.numel() == 0:
         return scores
-    w = head_weights(weights, q_scale, E)
+    w = head_weights(weights, q_scale, E).contiguous()
     q, k, k_scale = operands(q, k, k_scale)
     tile = Tile.of(q)
     tiles = B * triton.cdiv(T, tile.BQ)
@@ -306,7 +294,7 @@ def index_scores_backward(
         position = torch.arange(S, device=q.device)
         unseen = (position < start[..., None]) | (position >= end[..., None])
         idle = (unseen | (grad == 0)).all(2, keepdim=True)
-        w = head_weights(weights, None, E).masked_fill(idle, 0.0)
+        w = head_weights(weights, None, E).contiguous().masked_fill(idle, 0.0)
         flat = q.float().masked_fill(idle[..., None], 0.0).contiguous()
         keys = k.float().nan_to_num(0.0, 0.0, 0.0).contiguous()
         inputs = flat, keys, w, grad.contiguous(), start.contiguous(), end.contiguous()

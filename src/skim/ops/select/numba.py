@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from skim.ops.jit import array, exp, in_threads, kernel
-from skim.ops.score.reference import head_weights
+from skim.ops.score.weights import head_weights
 
 KEYS = 256  # of a tile
 PITCH = KEYS + 16  # floats between two channels of a tile: a power of two would send all channels to the same cache lines

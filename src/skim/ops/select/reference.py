@@ -5,7 +5,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from skim.ops.score.reference import TiledKeys, bounds, bytes_per_row, head_weights, queries_per_tile, score_rows, visible_mask
+from skim.ops.score.reference import TiledKeys, bounds, bytes_per_row, queries_per_tile, score_rows, visible_mask
+from skim.ops.score.weights import head_weights
 from skim.ops.workspace import accumulator, chunks
 from skim.selection import Selection
 

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from skim.ops.score import triton as score
-from skim.ops.score.triton import INTERPRETED, PROGRAMS, Tile, head_weights, load_interval, load_queries, operands, score_tile, union
+from skim.ops.score.triton import INTERPRETED, PROGRAMS, Tile, load_interval, load_queries, operands, score_tile, union
+from skim.ops.score.weights import head_weights
 
 BUDGET = 8192  # the candidates of a row lie in the registers of one program
 STRATA = 32768  # keys that a row may have to be sampled at
@@ -596,7 +597,7 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """indices `[B, T, K]`, counts `[B, T]`, and with `with_scores` their scores `[B, T, K]` and the lse `[B, T]`."""
     (B, T, J, E), S = q.shape, k.shape[1]
-    w = head_weights(weights, q_scale, E)
+    w = head_weights(weights, q_scale, E).contiguous()
     q, k, k_scale = operands(q, k, k_scale)
     tile = Tile.of(q)
     constants: dict[str, int | bool] = {"PADDED": J % tile.BJ != 0, "SCALED": k_scale is not None, "LOADED": False}
