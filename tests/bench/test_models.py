@@ -31,14 +31,14 @@ def test_first_token_hooks_and_decoding_are_measured(device):
     assert set(rows[3]["baselines"]) == {"skim.attend_dense", "transformers"} and rows[3]["tokens_per_second"] > 0
 
 
-def test_a_drifting_prompt_overlaps_more_than_a_random_one():
-    model = models.build("qwen3-tiny", CPU)
+def test_overlapping_selections_overlap_more_than_a_random_models():
+    model, config = models.build("qwen3-tiny", CPU), models.config(quick=True)
+    embeds = models.prompt(model, setting("random", 256))
+    assert embeds.shape == (1, 256, 64)
     found = {}
     for kind in ("random", "overlapping"):
-        embeds = models.prompt(model, setting(kind, 256))
-        assert embeds.shape == (1, 256, 64)
-        with torch.no_grad(), models.converted(model, models.config(quick=True)):
-            found[kind] = models._unions(model, embeds)
+        with torch.no_grad(), models.converted(model, config):
+            found[kind] = models._unions(model, embeds, models.selector(setting(kind, 256), config))
     assert 1 <= found["overlapping"] < 0.8 * found["random"]
 
 

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from reference_math import interval_mask
 from torch import Tensor
 
 from skim.selection import Selection
+
+KERNELS = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton's kernels run; in its interpreter on a CPU
+
+
+def triton(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What the Triton implementation of `function` makes of tensors on the CPU, as tensors on the CPU."""
+    moved = {name: moved_to(KERNELS, x) for name, x in options.items()}
+    return moved_to("cpu", function(*moved_to(KERNELS, args), impl="triton", **moved))
+
+
+def moved_to(device: str, value: Any) -> Any:
+    """A tensor, a Selection, or a tuple of them and other things, on another device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Selection):
+        return Selection(*(moved_to(device, x) for x in (value.indices, value.counts, value.scores)))
+    return tuple(moved_to(device, x) for x in value) if isinstance(value, tuple) else value
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

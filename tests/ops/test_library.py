@@ -32,6 +32,7 @@ def calls() -> dict[str, tuple]:
         "index_scores_backward": (normal(B, T, S), *index, *interval, 1, "auto"),
         "select": (*index, None, None, *interval, *options),
         "select/scores": (*index, None, None, *interval, 3, 1, 1, True, 1, "auto"),
+        "select/mass": (*index, None, None, *interval, 3, 1, 1, True, 1, "auto", 0.5, 2),
         "select/fp8": (q8[0], k8[0], index[2], q8[1], k8[1], *interval, *options),
         "attend": (*grad(q, k, v), indices, *grad(sink), *REST),
         "attend/mla": (*grad(*mla), None, indices, None, *REST),

@@ -71,6 +71,14 @@ def test_trap_15_select_holds_no_score_matrix(with_scores, impl):
 
 
 @pytest.mark.parametrize("impl", CPU)
+def test_an_adaptive_budget_takes_no_more_than_the_workspace_and_what_is_selected(impl):
+    select(*index_inputs(1, 9, 9, J=4, E=16), 3, mass=0.5, impl=impl)  # compiles
+    inputs = index_inputs(1, N, N, J=4, E=16)
+    results = size_of(*inputs) + 3 * N * 64 * 4 / MIB
+    assert_bounded(lambda: select(*inputs, 64, mass=0.5, workspace_mb=WORKSPACE, impl=impl), results)
+
+
+@pytest.mark.parametrize("impl", CPU)
 def test_select_holds_no_score_per_head_for_many_heads(impl):
     # 64 heads x 16 queries x 64 Ki keys are 256 MiB: heads are summed a tile of keys at a time
     select(*index_inputs(1, 9, 9, J=64, E=4), 3, impl=impl)

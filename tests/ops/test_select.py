@@ -331,6 +331,145 @@ def test_trap_18_nothing_has_a_gradient():
     assert not selection.scores.requires_grad and not lse.requires_grad
 
 
+def exact_shares(shares: list[float]) -> Tensor:
+    """Scores whose softmax is `shares`, of which exact ties stay exact."""
+    return torch.tensor(shares, dtype=torch.float64).log().float()
+
+
+def test_mass_keeps_the_fewest_keys_that_hold_it():
+    scores = exact_shares([0.1, 0.4, 0.05, 0.3, 0.15])
+    for mass, kept in ((0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [1, 3, 4]), (0.94, [0, 1, 3, 4]), (0.96, [0, 1, 2, 3, 4])):
+        assert pick(scores, 5, mass=mass) == kept
+    assert pick(scores, 2, mass=0.9) == [1, 3], "never more than the budget"
+    assert pick(scores, 4, mass=0.1, min_budget=3) == [1, 3, 4], "never fewer than the least"
+    assert pick(scores, 5, mass=1) == [0, 1, 2, 3, 4]
+
+
+def test_mass_is_of_all_visible_keys_and_of_scores_with_their_factors():
+    q, k, weights = exact_index_inputs(exact_shares([0.5, 0.25, 0.125, 0.125]))
+    assert rows_of(select(q, k, weights, 3, mass=0.7, **everything(4))) == [[0, 1]]
+    assert rows_of(select(q, k, weights * 9, 3, mass=0.7, **everything(4))) == [[0]], "the softmax of larger scores is sharper"
+    assert rows_of(select(q, k, weights, 3, mass=0.5, start=torch.tensor([[1]], dtype=torch.int32), end=torch.tensor([[4]], dtype=torch.int32))) == [
+        [1]
+    ]
+    assert rows_of(select(q, k, weights, 3, mass=0.6, start=torch.tensor([[1]], dtype=torch.int32), end=torch.tensor([[4]], dtype=torch.int32))) == [
+        [1, 3]
+    ], "of the two that tie the most recent"
+
+
+def test_mass_counts_first_and_recent_keys_before_all_others():
+    scores = exact_shares([0.05, 0.5, 0.3, 0.1, 0.05])
+    assert pick(scores, 5, mass=0.09, keep_first=1, keep_recent=1) == [0, 4], "kept though others hold more"
+    assert pick(scores, 5, mass=0.59, keep_first=1, keep_recent=1) == [0, 1, 4], "what they hold counts"
+    assert pick(scores, 3, mass=0.99, keep_first=1, keep_recent=1) == [0, 1, 4]
+
+
+def test_mass_narrows_rows_that_see_no_more_than_the_budget_but_not_below_the_least():
+    selection = select(*exact_index_inputs(exact_shares([0.7, 0.1, 0.1, 0.1]), T=4), 4, mass=0.5, min_budget=2)
+    assert rows_of(selection) == [[0], [0, 1], [0, 2], [0, 3]]
+    selection.check(4)
+
+
+def test_shares_that_are_no_numbers_narrow_nothing():
+    nan = math.nan
+    assert pick(torch.tensor([9.0, nan, 0.0, 1.0]), 3, mass=0.1) == [0, 2, 3]
+    assert pick(torch.tensor([nan, 9.0, nan, nan]), 3, mass=0.1) == [1, 2, 3]
+    k = torch.tensor([1.0, torch.inf, 0.0, torch.inf]).view(1, 4, 1)
+    assert rows_of(select(torch.ones(1, 1, 1, 1), k, torch.ones(1, 1, 1), 3, mass=0.1, **everything(4))) == [[0, 1, 3]]
+
+
+def test_mass_with_scores_gives_those_of_the_keys_that_are_left():
+    inputs = index_inputs(2, 33, 70)
+    start, end = random_interval(2, 33, 70)
+    options = {"start": start, "end": end, "mass": 0.6, "min_budget": 3}
+    selection, lse = select(*inputs, 20, with_scores=True, **options)
+    selection.check(70)
+    assert same(Selection(selection.indices, selection.counts), select(*inputs, 20, **options))
+    scores = index_scores(*inputs, start=start, end=end)
+    real = selection.indices >= 0
+    assert torch.equal(selection.scores, scores[:, :, None].gather(-1, selection.indices.clamp(min=0).long()).masked_fill(~real, -torch.inf))
+    assert error(lse[..., 0], scores.double().logsumexp(-1)) < 1e-6
+    assert 3 < float(selection.counts.float().mean()) < 18
+
+
+def test_mass_selects_the_same_for_any_chunk_batch_and_split():
+    q, k, weights = index_inputs(2, 70, 1300, 5, 24)
+    start, end = (x.expand(2, 70) for x in visible(1300, 70))
+    options = {"mass": 0.3, "min_budget": 4, "keep_first": 1}
+    whole = select(q, k, weights, 300, **options)
+    assert len(set(whole.counts.flatten().tolist())) > 5
+
+    def part(first, last, b=slice(None)):
+        rows = b, slice(first, last)
+        return select(q[rows], k[b], weights[rows], 300, start=start[rows], end=end[rows], **options)
+
+    for step in (1, 16, 23):
+        assert same(along_queries([part(first, min(first + step, 70)) for first in range(0, 70, step)]), whole)
+    assert torch.equal(torch.cat([part(0, 70, slice(b, b + 1)).indices for b in range(2)]), whole.indices)
+    for workspace_mb in (1, 100):
+        assert same(select(q, k, weights, 300, workspace_mb=workspace_mb, **options), whole)
+    with deterministic(), torch.autocast("cpu", torch.bfloat16):
+        assert same(select(q, k, weights, 300, **options), whole)
+
+
+def test_mass_with_R_selections_and_fp8():
+    q, k, weights = normal(2, 9, 3, 4, 16), normal(2, 40, 16, seed=1), normal(2, 9, 3, 4, seed=2)
+    options = {"mass": 0.4, "min_budget": 2, "keep_recent": 1}
+    together = select(codec.quantise(q), codec.quantise(k), weights, 15, **options)
+    together.check(40)
+    for r in range(3):
+        alone = select(codec.quantise(q[:, :, r]), codec.quantise(k), weights[:, :, r], 15, **options)
+        assert same(alone, Selection(together.indices[:, :, r : r + 1], together.counts[:, :, r : r + 1]))
+
+
+def test_mass_compiles_into_one_graph():
+    def step(q, k, weights):
+        return select(q, k, weights, 9, mass=0.6).indices
+
+    inputs = index_inputs(2, 33, 70)
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)(*inputs), step(*inputs))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    T=st.integers(1, 20),
+    S=st.integers(1, 40),
+    budget=st.integers(1, 40),
+    least=st.integers(1, 6),
+    mass=st.floats(0.01, 1.0),
+    keep=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    coarse=st.booleans(),
+    sharp=st.sampled_from([0.1, 1.0, 10.0]),
+    seed=st.integers(0, 1000),
+)
+def test_mass_by_its_definition(T, S, budget, least, mass, keep, dtype, coarse, sharp, seed):
+    """Row by row in float64: the shortest beginning of the order that holds the share, give or take rounding."""
+    q, k, weights = index_inputs(1, T, S, 3, 4, seed, dtype)
+    if coarse:
+        q, k, weights = (x.mul(1.5).round() for x in (q, k, weights))
+    weights = weights * sharp
+    start, end = random_interval(1, T, S, seed)
+    keep = keep if sum(keep) <= budget else (0, 0)
+    least = min(least, budget)
+    options = {"keep_first": keep[0], "keep_recent": keep[1], "mass": mass, "min_budget": least}
+    selection = select(q, k, weights, budget, start=start, end=end, **options)
+    selection.check(S)
+    scores = index_scores(q, k, weights, start=start, end=end)
+    shares = scores.double().softmax(-1)
+    for t, row in enumerate(rows_of(selection)):
+        a, z = int(start[0, t]), int(end[0, t])
+        orders = [chosen(scores[0, t], a, z, n, *keep) if z > a else [] for n in range(min(budget, z - a) + 1)]
+        always = len({*range(a, z)[: keep[0]], *range(max(a, z - keep[1]), z)})
+
+        def fewest(mass, orders=orders, always=always, t=t):
+            enough = [n for n, kept in enumerate(orders) if float(shares[0, t, kept].sum()) >= mass and n >= max(always, min(least, len(orders) - 1))]
+            return min(enough, default=len(orders) - 1)
+
+        assert row == orders[len(row)]
+        assert fewest(mass - 1e-5) <= len(row) <= fewest(mass + 1e-5)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 2),

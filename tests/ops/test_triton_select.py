@@ -1,4 +1,4 @@
-"""The selection by Triton, interpreted where there is no GPU: against the reference on scores that both have bit for bit.
+"""The selection by Triton, in its interpreter or on a GPU where there is one: against the reference on scores that both have bit for bit.
 
 Small integers as inputs, and powers of two as factors, make every score exact. Thresholds and candidates are for long rows;
 `sampled` makes short ones go the same way.
@@ -8,18 +8,15 @@ import math
 
 import pytest
 import torch
-from cases import exact_index_inputs, index_inputs, normal, random_interval
+from cases import KERNELS, exact_index_inputs, index_inputs, moved_to, normal, random_interval, triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_math import interval_mask
 from torch import Tensor
 
 from skim.ops import codec, select, visible
-from skim.ops.score import triton as scores_of
 from skim.ops.select import triton as kernels
 from skim.selection import Selection
-
-pytestmark = pytest.mark.skipif(not scores_of.INTERPRETED, reason="on a GPU tests/gpu compares the kernels")
 
 
 def whole_numbers(*shape, **options) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,7 +27,7 @@ def whole_numbers(*shape, **options) -> tuple[Tensor, Tensor, Tensor]:
 
 def compare(inputs, budget: int, **options) -> Selection:
     """The selection, having seen that it is the reference's."""
-    mine, theirs = (select(*inputs, budget, impl=impl, **options) for impl in ("triton", "reference"))
+    mine, theirs = triton(select, *inputs, budget, **options), select(*inputs, budget, impl="reference", **options)
     if options.get("with_scores"):
         (mine, lse), (theirs, wanted) = mine, theirs
         torch.testing.assert_close(lse, wanted, rtol=1e-6, atol=1e-5)
@@ -166,8 +163,8 @@ def test_short_and_empty_rows():
 
 def test_no_queries_and_no_keys():
     q, k, weights = index_inputs(T=3, S=5)
-    assert select(q[:, :0], k, weights[:, :0], 2, impl="triton").indices.shape == (1, 0, 1, 2)
-    assert select(q, k[:, :0], weights, 2, impl="triton").counts.flatten().tolist() == [0, 0, 0]
+    assert triton(select, q[:, :0], k, weights[:, :0], 2).indices.shape == (1, 0, 1, 2)
+    assert triton(select, q, k[:, :0], weights, 2).counts.flatten().tolist() == [0, 0, 0]
 
 
 def test_packed_sequences():
@@ -233,13 +230,13 @@ def sampled_positions(S: int) -> Tensor:
 def test_the_same_bits_for_any_chunk_batch_split_and_workspace(monkeypatch, sampled):
     q, k, weights = index_inputs(2, 6, 300, J=5, E=24)
     start, end = (x.expand(2, 6) for x in visible(300, 6))
-    whole, _ = select(q, k, weights, 30, with_scores=True, impl="triton")
+    whole, _ = triton(select, q, k, weights, 30, with_scores=True)
     for t in (0, 5):
         row = slice(1, 2), slice(t, t + 1)
-        alone = select(q[row], k[1:], weights[row], 30, start=start[row], end=end[row], impl="triton")
+        alone = triton(select, q[row], k[1:], weights[row], 30, start=start[row], end=end[row])
         assert torch.equal(alone.indices, whole.indices[row])
     monkeypatch.setattr(kernels, "SPLIT", 32)
-    again, _ = select(q, k, weights, 30, with_scores=True, workspace_mb=1, impl="triton")
+    again, _ = triton(select, q, k, weights, 30, with_scores=True, workspace_mb=1)
     assert torch.equal(again.indices, whole.indices) and torch.equal(again.scores, whole.scores)
 
 
@@ -247,7 +244,7 @@ def test_unwritten_keys_change_nothing():
     q, k, weights = whole_numbers(1, 5, 100, 4, 4)
     start, end = visible(100, 5)
     padded = torch.cat((k, torch.full((1, 30, 4), torch.nan)), 1)
-    mine = select(q, padded, weights, 20, start=start, end=end, with_scores=True, impl="triton")[0]
+    mine = triton(select, q, padded, weights, 20, start=start, end=end, with_scores=True)[0]
     assert torch.equal(mine.indices, compare((q, k, weights), 20).indices) and bool(mine.scores.isfinite().all())
 
 
@@ -259,7 +256,7 @@ def test_top_k_of_scores_that_are_there(monkeypatch, S, budget):
     scores[5] = 0.0
     start, end = (x[0] for x in random_interval(1, 6, S))
     start[0], end[0], start[1], end[1], start[5], end[5] = 0, S, 3, 3, 0, S
-    indices, counts = kernels.top_k(scores, start, end, budget)
+    indices, counts = moved_to("cpu", kernels.top_k(*moved_to(KERNELS, (scores, start, end)), budget))
     ranked = scores.masked_fill(~interval_mask(start, end, S), -torch.inf)
     order = ranked.flip(1).sort(dim=1, descending=True, stable=True).indices
     for row in range(6):
@@ -270,9 +267,9 @@ def test_top_k_of_scores_that_are_there(monkeypatch, S, budget):
 
 def test_what_it_cannot_run_it_refuses_by_name():
     with pytest.raises(ValueError, match="float32, not in float64"):
-        select(*index_inputs(dtype=torch.float64), 4, impl="triton")
+        triton(select, *index_inputs(dtype=torch.float64), 4)
     with pytest.raises(ValueError, match="up to 8192 keys, got a budget of 9000"):
-        select(*index_inputs(T=1, S=10000, E=1), 9000, impl="triton")
+        triton(select, *index_inputs(T=1, S=10000, E=1), 9000)
 
 
 @pytest.mark.parametrize("budget", [1, 7, 64, 2048, 8192])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from skim.selection import Selection
 
+AHEAD = 4_000_000  # cycles by which launches may run ahead of the GPU, some 2 ms
 FLUSH_BYTES = 256 << 20  # more than any cache holds
 SECONDS = 1.0  # measured repetitions last about so long together
 REPETITIONS = 3, 100  # at least and at most
@@ -40,7 +41,8 @@ def measure(run: Callable[[Any], Any], inputs: Sequence[Any], device: torch.devi
     """Median time of `run(x)`, x another of `inputs` each time.
 
     Caches are flushed before each repetition. A result's memory is overwritten after it was used, so that nothing can
-    look right by being left over from the repetition before.
+    look right by being left over from the repetition before. On a GPU it is the GPU's time: while a repetition's kernels
+    are launched, the GPU still waits in another, as it does in a model that keeps it busy.
 
     Args:
         run: the operation; takes one of `inputs`, returns tensors.
@@ -138,6 +140,7 @@ def _captured(run: Callable[[Any], Any], x: Any) -> Callable[[], Any]:
 
 def _cuda_seconds(call: Callable[[], Any]) -> tuple[float, Any]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(AHEAD)
     start.record()
     result = call()
     end.record()

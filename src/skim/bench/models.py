@@ -20,6 +20,9 @@ from skim.config import Config
 from skim.huggingface import load_model, revert, use
 from skim.huggingface.attention import by_indexer
 from skim.huggingface.convert import attach
+from skim.huggingface.state import LayerInputs
+from skim.modules import IndexTensors
+from skim.selection import Selection
 
 # Shapes with random weights: the architecture's name in transformers, and its configuration.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,19 +81,33 @@ def build(name: str, device: torch.device) -> Any:
 
 
 def prompt(model: Any, s: Setting) -> Tensor:
-    """Embeddings `[1, n, hidden]` of a prompt.
-
-    "random" are those of random tokens. In "overlapping" ones a token's own part is small and the rest drifts, so that
-    neighbours select nearly the same keys also in a model with random weights.
-    """
+    """Embeddings `[1, n, hidden]` of random tokens."""
     table = model.get_input_embeddings().weight
     generator = torch.Generator(s.device).manual_seed(0)
+    return table[torch.randint(0, table.shape[0], (1, s.n), generator=generator, device=s.device)].detach()
+
+
+def selector(s: Setting, setting: Config) -> Callable[[LayerInputs, Tensor, Tensor], Selection]:
+    """How the model selects: "random" by its own indexers, whose random weights make neighbours share little.
+
+    "overlapping" makes each selection from other index tensors of the same shapes, whose neighbours share what those of
+    trained indexers do; the model's own are made all the same.
+    """
     if s.kind == "random":
-        return table[torch.randint(0, table.shape[0], (1, s.n), generator=generator, device=s.device)].detach()
-    noise = torch.randn(2, 1, s.n, table.shape[1], generator=generator, device=s.device)
-    own = 0.1
-    drifting = selections.drift(noise[0], torch.full((s.n,), 0.999, device=s.device))
-    return ((own * noise[1] + (1 - own**2) ** 0.5 * drifting) * table.float().std()).to(table.dtype)
+        return by_indexer
+    shape = setting.budget, setting.index_n_heads, setting.index_head_dim
+    q, k, weights = selections.index_inputs("overlapping", s.n, s.n, *shape, dtype=s.dtype, device=s.device)
+    cached: list[Tensor] = []
+
+    def select(inputs: LayerInputs, start: Tensor, end: Tensor) -> Selection:
+        assert inputs.indexer is not None
+        if not cached:
+            cached.append(inputs.indexer.cached(k))
+        S = inputs.k.shape[1]
+        rows = slice(S - inputs.q.shape[1], S)
+        return by_indexer(replace(inputs, index=IndexTensors(q[:, rows], cached[0][:, :S], weights[:, rows])), start, end)
+
+    return select
 
 
 def measure_model(name: str, s: Setting, parts: tuple[str, ...], report: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
@@ -158,11 +175,12 @@ def _prefill(model: Any, s: Setting, setting: Config, embeds: Tensor, report: Ca
     short = embeds[:, : max(1, s.n // 8)]
     runs = 1 if s.quick else PREFILLS
     report(f"first token of {s.n} tokens, DSA")
-    with converted(model, setting):
+    select = selector(s, setting)
+    with converted(model, setting), use(model, selector=select):
         first_token_seconds(model, short, 1)
         sparse = first_token_seconds(model, embeds, runs)
         peak = _peak_mib(lambda: first_token_seconds(model, embeds, 1), s.device)
-        unions = _unions(model, embeds)
+        unions = _unions(model, embeds, select)
     for name, context in _dense_choices(s.device).items():
         report(f"first token of {s.n} tokens, dense ({name})")
         with context():
@@ -255,12 +273,12 @@ def _dense_choices(device: torch.device) -> dict[str, Callable[[], Any]]:
     return {"sdpa": own, "sdpa, cudnn first": lambda: sdpa_kernel(first, set_priority=True)}
 
 
-def _unions(model: Any, embeds: Tensor) -> float:
+def _unions(model: Any, embeds: Tensor, select: Callable[[LayerInputs, Tensor, Tensor], Selection]) -> float:
     """|union of the selections of 8 neighbouring queries| / K, the mean of the layers, over the last 512 queries."""
     found: list[float] = []
 
     def watched(inputs: Any, start: Tensor, end: Tensor) -> Any:
-        selection = by_indexer(inputs, start, end)
+        selection = select(inputs, start, end)
         last = selections.Selection(selection.indices[:1, -512:], selection.counts[:1, -512:])
         found.append(selections.unions(last, 8))
         return selection
