@@ -35,6 +35,28 @@ def test_a_selection_does_not_depend_on_chunks():
     assert torch.equal(part.indices, whole.indices[:, 1000:])
 
 
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float8_e4m3fn))
+@pytest.mark.parametrize("J", (1, 2, 3, 4, 8, 20, 64))
+def test_few_queries_score_bitwise_as_among_many(J, dtype):
+    T, S, E = 40, 300, 64
+    q, k, w = torch.randn(1, T, J, E), torch.randn(1, S, E), torch.randn(1, T, J)
+    q, k = (skim.ops.codec.quantise(x) if dtype == torch.float8_e4m3fn else x.to(dtype) for x in (q, k))
+    wide = [skim.ops.codec.dequantise(*x) if isinstance(x, tuple) else x.double() for x in (q, k)]
+    wanted = skim.index_scores(*(x.double() for x in wide), w.double())
+
+    def scores(rows: slice) -> torch.Tensor:
+        some = tuple(x[:, rows].cuda() for x in q) if isinstance(q, tuple) else q[:, rows].cuda()
+        keys = tuple(x.cuda() for x in k) if isinstance(k, tuple) else k.cuda()
+        start, end = (x[:, rows].cuda() for x in skim.visible(S, T))
+        return skim.index_scores(some, keys, w[:, rows].cuda(), start=start, end=end)
+
+    many = scores(slice(0, T))
+    seen = wanted.isfinite()
+    assert error(many.cpu()[seen], wanted[seen]) < (1e-4 if dtype == torch.float8_e4m3fn else 1e-6)
+    for few in (1, 3, 4, 17):
+        assert torch.equal(scores(slice(T - few, T)), many[:, T - few :])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dense", (False, True))
 def test_attention_and_its_gradients_equal_float64(dtype, dense):

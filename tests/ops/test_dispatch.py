@@ -13,11 +13,14 @@ from skim.ops import align, attend, attend_dense, codec, dispatch, index_scores,
 from skim.ops.dispatch import IMPLEMENTATIONS, OPERATORS, choice, implementation, run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-NUMBA = ("select", "attend")  # the operators that have an implementation in it; the others have the reference and Triton
+SOME = {"numba": ("select", "attend"), "hopper": ("attend",)}  # the operators that have these; all have the reference and Triton
+PACKAGE = {"hopper": "triton", "triton": "triton", "numba": "numba", "reference": "torch"}
 
 if util.find_spec("triton"):  # before anything is pretended: kernels are interpreted or not as the environment says when they are defined
     for operator in OPERATORS:
         import_module(f"skim.ops.{operator}.triton")
+    for operator in SOME["hopper"]:
+        import_module(f"skim.ops.{operator}.hopper")
 
 
 @pytest.fixture
@@ -43,13 +46,12 @@ def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_every_operator_has_the_reference_and_triton_and_some_have_numba(operator: str, name: str, gpu) -> None:
+def test_every_operator_has_the_reference_and_triton_and_some_have_more(operator: str, name: str, gpu) -> None:
     gpu(9, 0)
-    if name != "reference":
-        pytest.importorskip(name)
-    device = CUDA if name == "triton" else CPU
-    if name == "numba" and operator not in NUMBA:
-        with pytest.raises(ValueError, match=f"impl: 'numba' cannot run {operator} on cpu: {operator} has no numba implementation"):
+    pytest.importorskip(PACKAGE[name])
+    device = CUDA if PACKAGE[name] == "triton" else CPU
+    if operator not in SOME.get(name, OPERATORS):
+        with pytest.raises(ValueError, match=f"impl: '{name}' cannot run {operator} on {device}: {operator} has no {name} implementation"):
             implementation(operator, name, device)
     else:
         assert implementation(operator, name, device) is import_module(f"skim.ops.{operator}.{name}")
@@ -60,7 +62,7 @@ def test_every_operator_has_the_reference_and_triton_and_some_have_numba(operato
 
 def test_auto_on_a_cpu_is_numba_where_it_has_the_operator(monkeypatch, nothing_remembered) -> None:
     pytest.importorskip("numba")
-    expected = {operator: "numba" if operator in NUMBA else "reference" for operator in OPERATORS}
+    expected = {operator: "numba" if operator in SOME["numba"] else "reference" for operator in OPERATORS}
     assert {operator: choice(operator, CPU) for operator in OPERATORS} == expected
     dispatch._module.cache_clear()
     without("numba", monkeypatch)
@@ -73,13 +75,22 @@ def test_auto_never_takes_the_interpreter(interpreted: str, monkeypatch, nothing
     assert all(choice(operator, CPU) != "triton" for operator in OPERATORS)
 
 
-@pytest.mark.parametrize(
-    ("capability", "expected"), [("7.5", "reference"), ("8.0", "triton"), ("8.9", "triton"), ("9.0", "triton"), ("12.0", "triton")]
-)
+@pytest.mark.parametrize(("capability", "expected"), [("7.5", "reference"), ("8.0", "triton"), ("8.9", "triton"), ("12.0", "triton")])
 def test_auto_on_a_gpu_is_triton_from_sm_80_on(capability: str, expected: str, gpu) -> None:
     pytest.importorskip("triton")
     gpu(*map(int, capability.split(".")))
     assert {choice(operator, CUDA) for operator in OPERATORS} == {expected}
+
+
+@pytest.mark.parametrize(("release", "expected"), [("3.6.0", "hopper"), ("3.9.1", "hopper"), ("3.5.1", "triton"), ("3.10.0", "triton")])
+def test_auto_on_sm_90_is_hopper_where_it_has_the_operator_and_knows_the_language(release: str, expected: str, gpu, monkeypatch) -> None:
+    triton = pytest.importorskip("triton")
+    gpu(9, 0)
+    monkeypatch.setattr(triton, "__version__", release)
+    assert {operator: choice(operator, CUDA) for operator in OPERATORS} == {**dict.fromkeys(OPERATORS, "triton"), "attend": expected}
+    if expected == "triton":
+        with pytest.raises(ValueError, match=f"impl: 'hopper' cannot run attend on cuda:0: Gluon kernels here need Triton .*, this is {release}"):
+            implementation("attend", "hopper", CUDA)
 
 
 def test_auto_on_a_gpu_without_triton_is_the_reference(monkeypatch, gpu) -> None:
@@ -165,6 +176,10 @@ def test_names_on_the_wrong_device(gpu) -> None:
     gpu(7, 5)
     with pytest.raises(ValueError, match="impl: 'triton' cannot run attend on cuda:0: .* need an NVIDIA GPU of sm_80 or newer, this is sm_75"):
         implementation("attend", "triton", CUDA)
+    with pytest.raises(ValueError, match="impl: 'hopper' cannot run attend on cuda:0: Gluon kernels here need an NVIDIA GPU of sm_90, this is sm_75"):
+        implementation("attend", "hopper", CUDA)
+    with pytest.raises(ValueError, match="impl: 'hopper' cannot run attend on cpu: Gluon kernels run on NVIDIA GPUs, not on cpu"):
+        implementation("attend", "hopper", CPU)
     with pytest.raises(ValueError, match="impl: 'numba' cannot run attend on cuda:0: numba kernels run on the CPU, not on cuda"):
         implementation("attend", "numba", CUDA)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import index_inputs, normal, random_interval, triton
+from cases import KERNELS, index_inputs, normal, random_interval, triton
 from reference_math import error, interval_mask
 
 from skim.ops import codec, index_scores, visible
@@ -34,7 +34,8 @@ def test_scores_and_gradients_are_the_references(B, T, S, J, E):
 def test_fp8_scores_are_those_of_the_dequantised_tensors(which):
     q, k, weights = index_inputs(T=5, E=32)
     q8, k8 = codec.quantise(q) if which != "keys" else q, codec.quantise(k) if which != "queries" else k
-    assert error(triton(index_scores, q8, k8, weights), index_scores(q8, k8, weights, impl="reference")) < 1e-6
+    bound = 1e-4 if which == "both" and KERNELS == "cuda" else 1e-6  # matrix units sum FP8 products in fewer bits
+    assert error(triton(index_scores, q8, k8, weights), index_scores(q8, k8, weights, impl="reference")) < bound
 
 
 def test_infinite_and_nan_keys_score_as_in_the_reference():

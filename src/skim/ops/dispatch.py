@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 OPERATORS = ("score", "select", "attend", "align", "codec")
-IMPLEMENTATIONS = ("triton", "numba", "reference")  # the fastest first
+IMPLEMENTATIONS = ("hopper", "triton", "numba", "reference")  # the fastest first
+GLUON = ("3.6", "3.9")  # releases of Triton that hopper's kernels are written for: their language changes from one to the next
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 SM = (8, 0)  # the first NVIDIA GPUs with bf16 matrix units and asynchronous copies
 
@@ -29,9 +30,11 @@ def interpreted() -> bool:
 
 def _without(implementation: str, device_type: str, index: int | None) -> str | None:
     """Why `implementation` runs nothing on this device, or None."""
+    if implementation in ("hopper", "triton") and util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'skim-attention[gpu]'"
+    if implementation == "hopper":
+        return _without_hopper(device_type, index)
     if implementation == "triton":
-        if util.find_spec("triton") is None:
-            return "Triton is not installed: pip install 'skim-attention[gpu]'"
         if interpreted():
             return None
         if device_type != "cuda":
@@ -43,6 +46,21 @@ def _without(implementation: str, device_type: str, index: int | None) -> str | 
             return f"numba kernels run on the CPU, not on {device_type}"
         if util.find_spec("numba") is None:
             return "numba is not installed: pip install 'skim-attention[cpu]'"
+    return None
+
+
+def _without_hopper(device_type: str, index: int | None) -> str | None:
+    if device_type != "cuda":
+        return f"Gluon kernels run on NVIDIA GPUs, not on {device_type}"
+    if interpreted():
+        return "Triton's interpreter (TRITON_INTERPRET=1) runs no Gluon kernels"
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) != (9, 0):
+        return f"Gluon kernels here need an NVIDIA GPU of sm_90, this is sm_{major}{minor}"
+    from triton import __version__ as version
+
+    if ".".join(version.split(".")[:2]) not in GLUON:
+        return f"Gluon kernels here need Triton {' or '.join(GLUON)}, this is {version}"
     return None
 
 

@@ -47,11 +47,14 @@ class Tile:
             BN, columns = BN // 2, columns // 2
             blocks = 1 if columns >= J else 2
         BJ = min(columns, triton.next_power_of_2(J))
-        BQ = min(columns // BJ, 16 if T > 4 else 4)  # fewer queries in the same order: a thread sums heads as before
+        # Fewer queries in the same order: a thread sums heads as before. Products narrower than 16 columns go another way.
+        BQ = min(columns // BJ, 16 if T > 4 else max(4, 16 // BJ))
         # Keys that fit beside the queries: in half of the memory, so that two programs share a multiprocessor, and in all of it.
         fitting = [(part - 2048) // (q.itemsize * BE) - BQ * BJ for part in (limit // 2, limit)]
         stages = min(3, max(fitting[0] // BN, min(2, fitting[1] // BN))) if blocks == 1 else 1
-        warps = 8 if q.itemsize == 4 or (q.itemsize * BE >= 256 and columns == 128) else 4  # wide keys take many registers
+        warps = 8 if q.itemsize * BE >= 256 and columns == 128 else 4  # wide keys take many registers
+        if q.dtype == torch.float32:  # four products a thread, so that it has pairs of heads: Triton sums heads of scattered threads wrongly
+            warps = min(8, BN * BQ * BJ // 128)
         return cls(BN, BQ, BJ, BE, triton.cdiv(J, BJ), warps, stages)
 
     @property

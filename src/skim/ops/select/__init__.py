@@ -7,6 +7,7 @@ from torch import Tensor
 
 from skim.ops.checks import Quantised, expect_index_inputs, expect_interval, expect_shape, expect_tensor
 from skim.ops.dispatch import call, run
+from skim.ops.select.adaptive import narrow
 from skim.ops.workspace import accumulator, workspace
 from skim.selection import Selection
 
@@ -21,6 +22,8 @@ def select(
     end: Optional[Tensor] = None,
     keep_first: int = 0,
     keep_recent: int = 0,
+    mass: Optional[float] = None,
+    min_budget: int = 1,
     with_scores: bool = False,
     workspace_mb: Optional[int] = None,
     impl: str = "auto",
@@ -31,6 +34,11 @@ def select(
     never wins. A row that sees no more than `budget` keys keeps them all. Bitwise the same for any batch or chunk.
     Nothing here has a gradient. Source: DeepSeek-V3.2-Exp report, section 1.
 
+    With `mass` the budget is adaptive: of these keys a row keeps the fewest, in the same order, that hold this share of
+    softmax(scores) over all that it sees: at most `budget`, at least `min_budget` and what is always kept. Rows that see
+    no more than `budget` keys are narrowed too; those that see no more than `min_budget` keep them all. (The log-sum-exp
+    is rounded: where a share lies within rounding of `mass`, another implementation may keep a key more or less.)
+
     Args:
         q_index: `[B, T, J, E]` index queries, or `(float8_e4m3fn values, float32 scale [B, T, J])`. With five axes
             `[B, T, R, J, E]` (weights `[B, T, R, J]`) each query makes R selections over the same keys.
@@ -40,6 +48,8 @@ def select(
         start, end: int32 `[B, T]`, see `visible`; both None is causal.
         keep_first, keep_recent: so many of the first and of the last visible keys are always kept; they count
             against the budget.
+        mass: above 0 and at most 1; None keeps `budget` keys whatever their share.
+        min_budget: 1 to `budget`; without `mass` it changes nothing.
         with_scores: also give the scores of the selected keys (`Selection.scores`) and the index lse.
         workspace_mb: scratch memory, MiB; None is 32 on a CPU, 512 elsewhere.
         impl: "auto" or the name of an implementation.
@@ -49,13 +59,17 @@ def select(
         log-sum-exp of a row's scores over all its visible keys (-inf for a row that sees none).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, a budget below 1, or
-            `keep_first + keep_recent` above the budget.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, a budget below 1,
+            `keep_first + keep_recent` above the budget, or `mass` or `min_budget` out of range.
     """
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
         raise ValueError(f"budget: expected an int >= 1, got {budget!r}")
     if keep_first < 0 or keep_recent < 0 or keep_first + keep_recent > budget:
         raise ValueError(f"keep_first, keep_recent: expected a sum of 0 to {budget} (the budget), got {keep_first} and {keep_recent}")
+    if mass is not None and not (isinstance(mass, (int, float)) and not isinstance(mass, bool) and 0 < mass <= 1):
+        raise ValueError(f"mass: expected None or a number above 0 and at most 1, got {mass!r}")
+    if not isinstance(min_budget, int) or isinstance(min_budget, bool) or not 1 <= min_budget <= budget:
+        raise ValueError(f"min_budget: expected an int from 1 to {budget} (the budget), got {min_budget!r}")
     values = q_index[0] if isinstance(q_index, tuple) else q_index
     R = 1
     if isinstance(values, Tensor) and values.dim() == 5:  # R selections of one query are R queries that see the same keys
@@ -71,7 +85,8 @@ def select(
         start, end = start.repeat_interleave(R, 1), end.repeat_interleave(R, 1)
     q, k, weights = q.detach(), k.detach(), weights.detach()
     mb = workspace(workspace_mb, q.device)
-    args = q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, mb, impl
+    adaptive = None if mass is None else float(mass), min_budget
+    args = q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, mb, impl, *adaptive
     indices, counts, scores, lse = call(_select, _run_select, *args)
     shape = (B, T, R, budget)
     if not with_scores:
@@ -93,16 +108,23 @@ def _run_select(
     with_scores: bool,
     workspace_mb: int,
     impl: str,
+    mass: Optional[float] = None,
+    min_budget: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    args = q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb
-    return run("select", "select", impl, q.device, *args)
+    args = q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores or mass is not None, workspace_mb
+    selected = run("select", "select", impl, q.device, *args)
+    if mass is None:
+        return selected
+    start, end = start.clamp(min=0), end.clamp(max=k.shape[1])
+    indices, counts, scores, lse = narrow(selected, start, end, mass, min_budget, (keep_first, keep_recent), workspace_mb)
+    return (indices, counts, scores, lse) if with_scores else (indices, counts, scores.new_empty(0), lse.new_empty(0))
 
 
 _select = torch.library.custom_op("skim::select", mutates_args=())(_run_select)
 
 
 @_select.register_fake
-def _(q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, impl):  # type: ignore[no-untyped-def]
+def _(q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, impl, mass=None, min_budget=1):  # type: ignore[no-untyped-def]
     B, T = q.shape[:2]
     indices = q.new_empty(B, T, budget, dtype=torch.int32)
     counts = q.new_empty(B, T, dtype=torch.int32)

@@ -74,5 +74,6 @@ def select(
             if with_scores:
                 found = scores.gather(1, part.indices.clamp(min=0).long())
                 chosen[b, rows] = found.masked_fill_(part.indices < 0, -torch.inf)
-                lse[b, rows] = scores.masked_fill_(~visible_mask(first, last, low, high), -torch.inf).logsumexp(1)
+                # In float64, so that rounding hides in which order a chunk adds.
+                lse[b, rows] = scores.masked_fill_(~visible_mask(first, last, low, high), -torch.inf).double().logsumexp(1).to(dtype)
     return indices, counts, chosen, lse

@@ -528,7 +528,7 @@ def _select(
     BN, BQ = tile.BN, tile.BQ
     row_tiles = triton.cdiv(T, BQ)
     tiles = B * row_tiles
-    splits = min(triton.cdiv(2 * PROGRAMS, tiles), triton.cdiv(S, SPLIT))
+    splits = min(max(1, 2 * PROGRAMS // tiles), triton.cdiv(S, SPLIT))  # no more than fill the card in whole waves
     split = triton.cdiv(triton.cdiv(S, splits), BN) * BN
     splits = triton.cdiv(S, split)
     segment = min(capacity, split) + BN
@@ -555,7 +555,7 @@ def _select(
         here = min(last, rows) - row0
         place = tile0, row0, T, S, J, E
         if strata:
-            shares = min(triton.cdiv(PROGRAMS, number), triton.cdiv(strata, BN))
+            shares = min(max(1, PROGRAMS // number), triton.cdiv(strata, BN))
             share = triton.cdiv(triton.cdiv(strata, shares), BN) * BN
             sample_kernel[(number, triton.cdiv(strata, share))](
                 *inputs, start, end, memory.view(torch.int32), *strides, *place, *keep, capacity, stride, share, **shapes, BM=strata

@@ -1,0 +1,242 @@
+"""Runs Gluon kernels on the CPU, which Triton's interpreter cannot: each group of warps of a program is a thread.
+
+A kernel's numbers, masks and barriers are the real ones; layouts mean nothing here. What a card does at its own time is
+done at the worst: a copy's target is NaN until its barrier is told, and a matrix product reads its operands only when it
+is waited for. A program whose groups wait for each other for ever ends with an error.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.runtime.jit import JITFunction
+
+PATIENCE = 20.0  # seconds that a wait may last
+THREADS = 128  # of a group of four warps
+here = threading.local()  # .program, .programs, .copies of the running thread
+
+
+@dataclass
+class Pointer:
+    """An address, or a tensor of addresses, in the memory of `base`."""
+
+    base: Tensor
+    offset: Tensor
+
+    @property
+    def dtype(self) -> SimpleNamespace:
+        return SimpleNamespace(element_ty=self.base.dtype)
+
+    def __add__(self, other: Any) -> Pointer:
+        return Pointer(self.base, self.offset + other)
+
+    def where(self, mask: Any) -> tuple[Tensor, Tensor]:
+        """The mask, and offsets that may be read, as tensors of one shape; an address outside of `base` is an error."""
+        mask = torch.as_tensor(True if mask is None else mask)
+        offset, mask = torch.broadcast_tensors(self.offset.long(), mask)
+        inside = (offset >= 0) & (offset < self.base.numel())
+        assert bool((inside | ~mask).all()), "an address outside of the tensor"
+        return mask, offset.where(mask, 0)
+
+
+@dataclass
+class Shared:
+    """Shared memory; a view of it shares its bytes."""
+
+    data: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    def index(self, i: Any) -> Any:
+        found = self.data[int(i)]
+        return found if isinstance(found, Barrier) else Shared(found)
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.data.narrow(dim, start, length))
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.data.permute(order))
+
+    def load(self, layout: Any) -> Tensor:
+        return self.data.clone()
+
+    def store(self, value: Tensor) -> None:
+        assert value.dtype == self.data.dtype and value.shape == self.data.shape
+        self.data.copy_(value)
+
+
+class Barrier:
+    """An mbarrier: a phase ends with its last arrival; `wait(parity)` waits while the current phase has that parity."""
+
+    def __init__(self) -> None:
+        self.changed, self.expected, self.pending, self.phase = threading.Condition(), 0, 0, 0
+
+    def init(self, count: int) -> None:
+        self.expected = self.pending = count
+
+    def arrive(self, count: int) -> None:
+        _hesitate()
+        with self.changed:
+            self.pending -= count
+            assert self.pending >= 0, "more arrivals than the barrier expects"
+            if self.pending == 0:
+                self.pending, self.phase = self.expected, self.phase + 1
+                self.changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        _hesitate()
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.phase % 2 != parity, PATIENCE), "a wait for a phase that never ends"
+
+
+def _hesitate() -> None:
+    """Give way to the other groups, now and then for long."""
+    time.sleep(random.choice((0.0, 0.0, 0.0, 1e-3)))
+
+
+def _copy(into: Shared, source: Pointer, mask: Any = None) -> None:
+    into.data.fill_(math.nan)
+    here.copies.append((into, source, mask))
+
+
+def _arrive_with_copies(barrier: Barrier, increment_count: bool = True) -> None:
+    assert not increment_count
+    _hesitate()
+    for into, source, mask in here.copies:
+        into.data.copy_(_load(source, mask, 0))
+    here.copies = []
+    barrier.arrive(THREADS)
+
+
+def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
+    mask, offset = pointer.where(mask)
+    found = pointer.base[offset] if pointer.base.numel() else torch.zeros(offset.shape, dtype=pointer.base.dtype)
+    return torch.where(mask, found, torch.as_tensor(other, dtype=found.dtype))
+
+
+def _store(pointer: Pointer, value: Tensor, mask: Any = None) -> None:
+    assert value.dtype == pointer.base.dtype
+    mask, offset = pointer.where(mask)
+    pointer.base[offset[mask]] = value.expand(offset.shape)[mask]
+
+
+def _multiply(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Callable[[], Tensor]:
+    def product() -> Tensor:
+        left = a.data if isinstance(a, Shared) else a
+        before = acc() if callable(acc) else acc
+        made = left.float() @ b.data.float()
+        return before + made if use_acc else made
+
+    assert is_async
+    return product
+
+
+def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
+    if dtype == torch.int64:  # barriers
+        return Barrier() if len(shape) == 1 else Shared([Barrier() for _ in range(shape[0])])  # type: ignore[arg-type]
+    return Shared(torch.full(shape, -7 if dtype == torch.int32 else math.nan, dtype=dtype))
+
+
+def _specialise(groups: list[tuple[Callable[..., None], tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
+    failures: list[BaseException] = []
+
+    def work(program: int, programs: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+        here.program, here.programs, here.copies = program, programs, []
+        try:
+            function(*args)
+        except BaseException as error:  # noqa: BLE001  handed to the caller below
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(here.program, here.programs, *group), daemon=True) for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _range(*bounds: Any) -> Iterator[Tensor]:
+    return (torch.tensor(i, dtype=torch.int32) for i in range(*map(int, bounds)))
+
+
+def _nothing(*args: Any, **options: Any) -> None:
+    return None
+
+
+LANGUAGE = SimpleNamespace(
+    **{name: getattr(torch, name) for name in ("int32", "int64", "float32", "bfloat16", "float16", "where", "maximum", "exp2", "log2")},
+    constexpr=None,
+    SliceLayout=_nothing,
+    DotOperandLayout=_nothing,
+    program_id=lambda axis: torch.tensor(here.program, dtype=torch.int32),
+    num_programs=lambda axis: torch.tensor(here.programs, dtype=torch.int32),
+    cdiv=lambda a, b: (a + b - 1) // b,
+    static_range=range,
+    arange=lambda low, high, layout: torch.arange(low, high, dtype=torch.int32),
+    zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+    full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+    expand_dims=lambda x, axis: x.unsqueeze(axis),
+    convert_layout=lambda x, layout: x,
+    max=lambda x, axis: x.amax(axis),
+    min=lambda x, axis: x.amin(axis),
+    sum=lambda x, axis: x.sum(axis),
+    load=_load,
+    store=_store,
+    allocate_shared_memory=_allocate,
+    warp_specialize=_specialise,
+)
+MBARRIER = SimpleNamespace(
+    MBarrierLayout=_nothing,
+    init=lambda barrier, count: barrier.init(count),
+    wait=lambda barrier, parity: barrier.wait(int(parity)),
+    arrive=lambda barrier, count: barrier.arrive(count),
+)
+WAIT = {"warpgroup_mma": _multiply, "warpgroup_mma_wait": lambda outstanding, deps: deps[0](), "fence_async_shared": _nothing}
+NAMES = {
+    "gl": LANGUAGE,
+    "range": _range,
+    "mbarrier": MBARRIER,
+    "async_copy": SimpleNamespace(mbarrier_arrive=_arrive_with_copies),
+    "copy": _copy,
+    **WAIT,
+}
+
+
+def _python(kernel: JITFunction, globals_: dict[str, Any]) -> FunctionType:
+    return FunctionType(kernel.fn.__code__, globals_, kernel.fn.__name__)
+
+
+class Simulated:
+    """A kernel to be launched as `kernel[grid](...)` over tensors of the CPU."""
+
+    def __init__(self, kernel: JITFunction) -> None:
+        self.globals: dict[str, Any] = {"__builtins__": __builtins__}
+        for name, value in kernel.fn.__globals__.items():
+            if isinstance(value, JITFunction):
+                self.globals[name] = _python(value, self.globals)
+            elif isinstance(value, gl.constexpr):
+                self.globals[name] = value.value
+        self.globals |= NAMES
+        self.kernel = _python(kernel, self.globals)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            memory = [Pointer(x.view(-1), torch.tensor(0)) if isinstance(x, Tensor) else x for x in args]
+            here.programs = grid[0]
+            for here.program in range(grid[0]):
+                self.kernel(*memory)
+
+        return launch
