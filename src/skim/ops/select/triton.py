@@ -58,27 +58,16 @@ def next_score(scores):
 
 
 @triton.jit
-def greatest(values, wanted, most, low, high, reached):
+def greatest(values, wanted, most, low, high):
     """A v in [low, high) that `wanted` to `most` of the int32 values reach, if any v has so many; else the greatest that `wanted` reach.
 
-    `reached` values reach low, at least `wanted`, and none reaches high. Every other step halves the range, the ones between
-    go where the values would be if they lay evenly.
+    At least `wanted` values reach low, and none reaches high.
     """
-    high = tl.where(reached <= most, low + 1, high)
-    beyond, step = reached * 0, reached * 0  # values that reach high; steps made
     while low + 1 < high:
         middle = (low & high) + ((low ^ high) >> 1)
-        if step % 2 == 0:
-            share = (reached - (wanted + most) * 0.5) / (reached - beyond)
-            length = tl.minimum((high.to(tl.float32) - low.to(tl.float32)) * share, 1073741824.0)
-            middle = tl.minimum(tl.maximum(low + length.to(tl.int32), low + 1), high - 1)
         count = tl.sum((values >= middle).to(tl.int32))
-        found = (count >= wanted) & (count <= most)
-        reached = tl.where(count >= wanted, count, reached)
-        beyond = tl.where(count < wanted, count, beyond)
         low = tl.where(count >= wanted, middle, low)
-        high = tl.where(found, middle + 1, tl.where(count >= wanted, high, middle))
-        step += 1
+        high = tl.where(count > most, high, tl.where(count >= wanted, middle + 1, middle))
     return low
 
 
@@ -158,10 +147,10 @@ def threshold_kernel(RANKS, START, END, SCORE, POSITION, row0, S, budget, capaci
         wanted = tl.ceil(expected + 5 * tl.sqrt(expected) + 4).to(tl.int32)
         most = wanted + wanted // 16  # the search may stop early
         if wanted <= tl.sum(seen.to(tl.int32)):
-            point = greatest(rank, wanted, most, tl.min(tl.where(seen, rank, RANK_KEPT)), tl.max(rank) + 1, tl.sum(seen.to(tl.int32)))
+            point = greatest(rank, wanted, most, tl.min(tl.where(seen, rank, RANK_KEPT)), tl.max(rank) + 1)
             above, equal = tl.sum((rank > point).to(tl.int32)), tl.sum((rank == point).to(tl.int32))
             if (above + equal > most) & (point > -RANK_FINITE - 1) & (point < RANK_FINITE):  # a plateau, cut at a position
-                position = greatest(tl.where(rank == point, key, -1), wanted - above, most - above, start, end, equal)
+                position = greatest(tl.where(rank == point, key, -1), wanted - above, most - above, start, end)
             point = tl.minimum(tl.maximum(point, -RANK_FINITE - 1), RANK_FINITE)
     tl.store(SCORE + row, score_at(point))
     tl.store(POSITION + row, position)
@@ -333,7 +322,7 @@ def choose(
     key, scores = entry.to(tl.int32), (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     rank = tl.where(slot < total, rank_of(scores, key, start, end, keep_first, keep_recent), LOWEST)
     low = tl.min(tl.where(slot < total, rank, RANK_KEPT))
-    point = greatest(rank, wanted, wanted, low, tl.max(rank) + 1, total)
+    point = greatest(rank, wanted, wanted, low, tl.max(rank) + 1)
     above, equal = (rank > point).to(tl.int32), (rank == point).to(tl.int32)
     spare = tl.sum(above) + tl.sum(equal) - wanted
     if spare > 0:  # the oldest of those at the threshold go
