@@ -284,6 +284,20 @@ def test_a_hybrid_keeps_the_letters_of_its_layers(tmp_path):
     assert torch.equal(logits(loaded, IDS), logits(model, IDS))
 
 
+def test_under_another_pattern_an_adapter_holds_the_indexers_in_use(trained, saved, tmp_path):
+    with skim.use(trained, pattern="FFS"):
+        folder = skim.save(trained, tmp_path / "narrow")
+        expected = logits(trained, IDS)
+        assert not torch.equal(expected, logits(load_silently(build("llama"), saved), IDS))
+        load_silently(trained, saved)  # the other indexers find their weights too
+    assert {name.split(".")[1] for name in load_file(folder / WEIGHTS)} == {"2"}
+    loaded = load_silently(build("llama"), folder)
+    assert torch.equal(logits(loaded, IDS), expected)
+    assert [hasattr(layer, "indexer") for layer in converted_layers(loaded).values()] == [False, False, True]
+    with pytest.raises(ValueError, match="expected the model's indexers, got 5 tensors missing"):
+        skim.load(trained, folder)
+
+
 def test_layers_keep_their_numbers_where_only_some_have_attention(tmp_path):
     model = sparse("qwen3_next")
     folder = skim.save(model, tmp_path)

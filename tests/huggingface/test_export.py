@@ -110,6 +110,14 @@ def test_settings_in_force_are_what_is_saved(tmp_path):
     assert torch.equal(logits(again, IDS), logits(loaded, IDS))
 
 
+def test_indexers_that_the_pattern_in_force_leaves_out_are_not_exported(tmp_path):
+    model = sparse("llama", budget=7)
+    with skim.use(model, pattern="FSR"):
+        folder, expected = skim.export(model, tmp_path / "narrow"), logits(model, IDS)
+    assert {name.split(".")[2] for name in load_file(folder / "model.safetensors") if ".indexer." in name} == {"1"}
+    assert torch.equal(logits(load(folder), IDS), expected)
+
+
 def test_a_loaded_one_is_a_converted_model(tmp_path):
     model = sparse("llama")
     loaded = load(skim.export(model, tmp_path / "out"), attn_implementation="eager")

@@ -1,5 +1,6 @@
 """The tests of training: transformers keeps quiet, small tensors run on one thread."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ for folder in (Path(__file__).parent, Path(__file__).parent.parent):
         sys.path.insert(0, str(folder))
 
 transformers.logging.disable_progress_bar()
+os.environ["ACCELERATE_USE_CPU"] = "true"  # what is compared bit for bit lies on the CPU; tests/gpu trains on a GPU
 
 
 @pytest.fixture(autouse=True)

@@ -30,13 +30,16 @@ def alone(stage: str, cache: str, out: str) -> dict[str, Any]:
     return train(converted(), Rows(cache, 96), RECIPES[stage], out=out, resume=True)
 
 
-def together(rank: int, ranks: int, port: int, recipe: Recipe, cache: str, out: str) -> None:
+def together(rank: int, ranks: int, port: int, recipe: Recipe, variants: dict[str, Any], cache: str, out: str) -> None:
     """One of several processes, as a launcher starts it; process r leaves its indexers and the report in r.pt."""
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     os.environ.update({name: str(value) for name, value in where.items()})
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model = converted()
-    report = train(model, Rows(cache, 96), recipe, out=Path(out) / "run")
-    torch.save((report["loss"], report["kl"], model.state_dict()), Path(out) / f"{rank}.pt")
+    report = train(model, Rows(cache, 96), recipe, out=Path(out) / "run", variants=variants)
+    torch.save(
+        (report["loss"], report["kl"], {name: found["kl"] for name, found in report["variants"].items()}, model.state_dict()),
+        Path(out) / f"{rank}.pt",
+    )
     torch.distributed.destroy_process_group()

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny_training import chat_tokenizer, tokenizer
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from skim.training import data
 from skim.training.data import Rows, chat_tokens, order, prepare, tokenise
@@ -109,6 +111,22 @@ def test_a_chat_counts_what_the_assistant_wrote_with_the_end_of_its_turn():
     tokens, mask = chat_tokens(messages, chat_tokenizer())
     assert letters(tokens) == "uhello.agoodday.ubye.asolong."
     assert letters([t for t, m in zip(tokens, mask) if m]) == "goodday.solong."
+
+
+def test_a_chat_that_the_assistant_opens_counts_its_words_alone():
+    tokens, mask = chat_tokens([{"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"}], chat_tokenizer())
+    assert letters(tokens) == "ahello.ubye."
+    assert letters([t for t, m in zip(tokens, mask) if m]) == "hello."
+
+
+def test_the_first_word_counts_though_it_is_a_token_with_the_space_before_it():
+    made = Tokenizer(models.WordLevel({"u:": 0, " hi": 1, " a:": 2, " yes": 3, "?": 4}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\S+"), "isolated")
+    spaced = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
+    turns = "{% for m in messages %}{{ ' ' if not loop.first }}{{ m['role'][0] }}: {{ m['content'] }}{% endfor %}"
+    spaced.chat_template = turns + "{% if add_generation_prompt %} a: {% endif %}"
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    assert chat_tokens(chat, spaced) == ([0, 1, 2, 3], [False, False, False, True])
 
 
 def test_chats_and_texts_in_one_file(tmp_path):

@@ -13,6 +13,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import accelerate
 import processes
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tiny_model import converted, sharp_llama, text
 from tiny_training import chat_tokenizer, tokenizer, write_texts
 
 import skim
+from skim.huggingface import attention, masks
 from skim.huggingface.state import converted_layers, state_of
 from skim.training import Recipe, checkpoint, loop, prepare, train
 from skim.training.stage import Stage
@@ -174,18 +176,94 @@ def test_bf16_models_train_in_float32_and_go_back(rows, tmp_path):
         assert {name: b.dtype for name, b in model.named_buffers()} == buffers
 
 
+def test_under_a_bf16_base_index_products_are_bf16_and_head_weights_float32(rows, tmp_path, monkeypatch):
+    found, losses = set(), []
+    align = attention.align
+
+    def watched(q, k, q_index, k_index, weights, **options):
+        found.add((q.dtype, q_index.dtype, k_index.dtype, weights.dtype))
+        return align(q, k, q_index, k_index, weights, **options)
+
+    monkeypatch.setattr(attention, "align", watched)
+    for base, precision in ((torch.bfloat16, "bf16"), (torch.float32, "bf16"), (torch.float32, "fp32")):
+        found.clear()
+        report = train(converted().to(base), rows, recipe(steps=20, precision=precision), out=tmp_path / f"{base}-{precision}")
+        losses.append(report["kl"])
+        narrow = torch.bfloat16 if precision == "bf16" else torch.float32
+        assert found == {(narrow, narrow, narrow, torch.float32)}
+    for curve in losses[:2]:
+        assert curve == pytest.approx(losses[2], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"loss": "distill"}, {"loss": "distill", "lora": 2}, {"train_indexer": False}, {"loss": "distill", "checkpointing": True}]
+)
+def test_no_stage_makes_a_mask_of_every_pair_of_tokens(rows, tmp_path, monkeypatch, changes):
+    def fails(*_):
+        raise AssertionError("a mask")
+
+    monkeypatch.setattr(masks, "_dense", fails)
+    assert any((rows[i]["position_ids"] == 0).sum() > 1 for i in range(len(rows))), "documents lie together in a row"
+    train(converted(budget=90), rows, recipe(), out=tmp_path / "warm")
+    train(converted(budget=90), rows, recipe("sparse", **changes), out=tmp_path / "sparse")
+
+
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+def test_under_another_pattern_it_is_as_if_the_model_had_been_converted_with_it(rows, tmp_path, stage):
+    other = converted()
+    first, second = (state(layer.indexer) for layer in converted_layers(other).values())
+    own = converted(pattern="SR")
+    converted_layers(own)[0].indexer.load_state_dict(first)
+    skim.use(other, pattern="SR")
+    found = []
+    for name, model in (("other", other), ("own", own)):
+        report = train(model, rows, recipe(stage, steps=3), out=tmp_path / name)
+        found.append((report["kl"], report["loss"], report["kept_mass"], report["kl_by_layer"], report["input_rms"]))
+    assert stage == "sparse" or same(state(converted_layers(other)[1].indexer), second)
+    assert found[0] == found[1]
+    adapters = [(tmp_path / name / "adapter" / "skim_model.safetensors").read_bytes() for name in ("other", "own")]
+    assert adapters[0] == adapters[1]
+
+
+VARIANTS = {"small": {"index_n_heads": 2, "index_head_dim": 8}, "turned": {"rope_dim": 4, "rope_layout": "interleaved"}}
+
+
+@pytest.mark.parametrize("pattern", ["S", "SR"])
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "clip": 0.1}])
+def test_several_configurations_are_trained_in_one_pass_as_each_would_be_alone(rows, tmp_path, pattern, changes):
+    together = train(converted(pattern=pattern), rows, recipe(steps=12, **changes), out=tmp_path / "together", variants=VARIANTS)
+    for name, fields in ({"own": {}} | VARIANTS).items():
+        alone = train(converted(pattern=pattern, **fields), rows, recipe(steps=12, **changes), out=tmp_path / name)
+        found = together if name == "own" else together["variants"][name]
+        assert found["kl"] == pytest.approx(alone["kl"], rel=1e-5) and found["config"] == alone["config"]
+        folder = tmp_path / "together" / ("adapter" if name == "own" else f"variants/{name}")
+        one, other = (state(skim.load(sharp_llama(), path)) for path in (folder, tmp_path / name / "adapter"))
+        assert one.keys() == other.keys() and max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-5
+
+
+def test_what_a_variant_may_not_be_is_named(rows, tmp_path):
+    for variants, message in (
+        ({"a/b": {}}, "variants: expected names of letters, digits, '-', '_' and '.', got 'a/b'"),
+        ({"a": {"budget": 3}}, "variants: expected fields among index_n_heads, .*, got 'budget' in 'a'"),
+        ({"a": {"index_n_heads": 0}}, "index_n_heads: expected"),
+        ({"a": {"rope_dim": 6}}, "rope_dim: expected a divisor of the 8 channels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(converted(), rows, recipe(), out=tmp_path / "out", variants=variants)
+    with pytest.raises(ValueError, match="variants: expected none in the sparse stage"):
+        train(converted(), rows, recipe("sparse"), out=tmp_path / "out", variants=VARIANTS)
+    assert not (tmp_path / "out").exists()
+
+
 class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["warmup", "sparse"])
-@pytest.mark.parametrize("lora", [None, 2])
-def test_a_run_that_goes_on_is_bitwise_the_run_that_never_stopped(rows, tmp_path, monkeypatch, stage, lora):
-    if stage == "warmup" and lora:
-        pytest.skip("the warm-up trains no LoRA")
+@pytest.mark.parametrize(("stage", "lora", "variants"), [("warmup", None, {}), ("warmup", None, VARIANTS), ("sparse", None, {}), ("sparse", 2, {})])
+def test_a_run_that_goes_on_is_bitwise_the_run_that_never_stopped(rows, tmp_path, monkeypatch, stage, lora, variants):
     chosen = recipe(stage, steps=9, save_every=2, lora=lora)
     whole = converted()
-    expected = train(whole, rows, chosen, out=tmp_path / "whole")
+    expected = train(whole, rows, chosen, out=tmp_path / "whole", variants=variants)
     step = Stage.step
 
     def stops(self, number, *args):
@@ -196,13 +274,16 @@ def test_a_run_that_goes_on_is_bitwise_the_run_that_never_stopped(rows, tmp_path
     with monkeypatch.context() as patched:
         patched.setattr(Stage, "step", stops)
         with pytest.raises(Stopped):
-            train(converted(), rows, chosen, out=tmp_path / "parts")
+            train(converted(), rows, chosen, out=tmp_path / "parts", variants=variants)
     assert [folder.name for folder in checkpoint.steps(tmp_path / "parts")] == ["step-00000004", "step-00000006"]
     torch.manual_seed(99)  # what came before doesn't matter
     again = converted()
-    found = train(again, rows, replace(chosen, save_every=3), out=tmp_path / "parts", resume=True)
+    found = train(again, rows, replace(chosen, save_every=3), out=tmp_path / "parts", resume=True, variants=variants)
     assert (found["loss"], found["kl"], found["kept_mass"]) == (expected["loss"], expected["kl"], expected["kept_mass"])
-    assert same(state(whole), state(again))
+    assert same(state(whole), state(again)) and found["variants"] == expected["variants"]
+    for name in variants:
+        one, other = (tmp_path / folder / "variants" / name / "skim_model.safetensors" for folder in ("whole", "parts"))
+        assert one.read_bytes() == other.read_bytes()
     assert [folder.name for folder in checkpoint.steps(tmp_path / "parts")] == ["step-00000006", "step-00000009"]
 
 
@@ -247,16 +328,20 @@ def test_two_processes_do_what_one_does_with_twice_the_rows(rows, tmp_path, cont
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     chosen = recipe(stage, steps=3, accumulate=2, **({"loss": "distill", "lr": 1e-4, "checkpointing": True} if stage == "sparse" else {}))
-    started = [context.Process(target=processes.together, args=(rank, 2, port, chosen, str(rows.folder), str(tmp_path))) for rank in range(2)]
+    variants = VARIANTS if stage == "warmup" else {}
+    started = [
+        context.Process(target=processes.together, args=(rank, 2, port, chosen, variants, str(rows.folder), str(tmp_path))) for rank in range(2)
+    ]
     for process in started:
         process.start()
     for process in started:
         process.join(240)
         assert process.exitcode == 0
     model = converted()
-    report = train(model, rows, replace(chosen, batch=2), out=tmp_path / "alone")
+    report = train(model, rows, replace(chosen, batch=2), out=tmp_path / "alone", variants=variants)
     for rank in range(2):
-        loss, kl, weights = torch.load(tmp_path / f"{rank}.pt")
+        loss, kl, others, weights = torch.load(tmp_path / f"{rank}.pt")
+        assert {name: pytest.approx(found["kl"], rel=1e-4) for name, found in report["variants"].items()} == others
         assert loss == pytest.approx(report["loss"], rel=1e-4) and kl == pytest.approx(report["kl"], rel=1e-4)
         for name, value in state(model).items():
             assert (value - weights[name]).abs().max() < 1e-4, name
@@ -314,6 +399,35 @@ def test_a_stage_that_runs_out_of_memory_while_it_is_made_leaves_the_model(rows,
     assert same(state(model), before) and {name: p.requires_grad for name, p in model.named_parameters()} == needs
 
 
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (torch.OutOfMemoryError("no more"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_whatever_finds_no_memory_is_refused_and_nothing_else(rows, tmp_path, monkeypatch, error, refused):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(Stage, "step", fails)
+    with pytest.raises(ValueError if refused else RuntimeError, match="every smaller setting" if refused else "mat1 and mat2"):
+        train(converted(), rows, recipe(), out=tmp_path)
+
+
+def test_a_stage_that_is_over_leaves_nothing_prepared(rows):
+    accelerator = accelerate.Accelerator()
+    batch = {name: value[None] for name, value in rows[0].items()}
+    stage = Stage(converted(), recipe().resolved(chat=False, accelerated=False), accelerator, batch)
+    assert accelerator._models
+    stage.close()
+    assert not accelerator._models and stage.run is None
+
+
 def test_data_no_longer_than_the_budget_is_an_error_and_little_of_it_a_warning(rows, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"data: expected queries that see more than the budget of 96 keys, got none; .*--length.*--budget"):
         train(converted(budget=96), rows, recipe(), out=tmp_path)
@@ -322,7 +436,7 @@ def test_data_no_longer_than_the_budget_is_an_error_and_little_of_it_a_warning(r
     assert "Less than 25%" in console.export_text()
 
 
-def test_runs_do_not_mix(rows, tmp_path):
+def test_runs_do_not_mix(rows, tmp_path, monkeypatch):
     train(converted(), rows, recipe(), out=tmp_path)
     with pytest.raises(ValueError, match="out: expected a new folder, or --resume"):
         train(converted(), rows, recipe(), out=tmp_path)
@@ -330,6 +444,19 @@ def test_runs_do_not_mix(rows, tmp_path):
         train(converted(), rows, recipe(seed=1), out=tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"config.budget: expected 16, .* got 8"):
         train(converted(budget=8), rows, recipe(), out=tmp_path, resume=True)
+    other = converted()
+    with torch.no_grad():
+        other.model.layers[1].self_attn.o_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match=r"base.fingerprint: expected '\w+', with which the run in .* began, got '\w+'"):
+        train(other, rows, recipe(), out=tmp_path, resume=True)
+    texts = prepare(write_texts(tmp_path / "texts", documents=4), tokenizer(), LENGTH, tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"data.key: expected '\w+', .* got '\w+'"):
+        train(converted(), texts, recipe(), out=tmp_path, resume=True)
+    with monkeypatch.context() as patched:
+        surroundings = loop._surroundings
+        patched.setattr(loop, "_surroundings", lambda accelerator: surroundings(accelerator) | {"processes": 4})
+        with pytest.raises(ValueError, match="processes: expected 1, .* got 4"):
+            train(converted(), rows, recipe(), out=tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"data: expected rows of recipe.length \(48\), got 96"):
         train(converted(), rows, recipe(length=48), out=tmp_path / "other")
     with pytest.raises(ValueError, match="at least one layer with an indexer"):

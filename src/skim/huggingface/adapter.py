@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from skim.config import Config
 from skim.huggingface.convert import attach, revert, use
-from skim.huggingface.state import converted_layers, decoder_of, state_of
+from skim.huggingface.state import converted_layers, decoder_of, indexed_layers, state_of
 
 CONFIG_FILE, WEIGHTS_FILE = "skim_config.json", "skim_model.safetensors"
 SAMPLE = 64
@@ -27,6 +26,9 @@ SAMPLE = 64
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write a converted model's indexers and Config: not the base, only what it is and a fingerprint of it.
+
+    Under another pattern than the one that was converted with (`skim.use(model, pattern=...)`) the adapter is that
+    pattern's: indexers that it leaves out are not written.
 
     Both files are written under temporary names and then renamed; the config names the weights' checksum, so a save
     that is cut off in between is found by `load`.
@@ -37,7 +39,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     state = state_of(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {f"layers.{i}.self_attn.indexer.{name}": value for i, name, value in _indexer_weights(model)}
+    weights = _indexer_weights(indexed_layers(model))
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
         weights_path = Path(temporary) / WEIGHTS_FILE
         save_file({name: value.detach().contiguous().cpu() for name, value in weights.items()}, weights_path, metadata={"format": "pt"})
@@ -85,7 +87,8 @@ def load(model: nn.Module, source: str | os.PathLike[str]) -> Any:
         warnings.warn(
             f"The adapter in {directory.name} was trained on other base weights ({described['base']['id']}); it may select worse here.", stacklevel=2
         )
-    changes = {k: v for k, v in asdict(config).items() if k in ("budget", "keep_first", "keep_recent", "score_dtype", "workspace_mb")}
+    settings = ("budget", "mass", "min_budget", "keep_first", "keep_recent", "score_dtype", "latent_dtype", "scale_format", "workspace_mb")
+    changes = {k: v for k, v in asdict(config).items() if k in settings}
     use(model, mode="sparse", **changes)
     return model
 
@@ -129,26 +132,25 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _indexer_weights(model: nn.Module) -> Iterator[tuple[int, str, Tensor]]:
-    for number, layer in converted_layers(model).items():
-        if hasattr(layer, "indexer"):
-            for name, value in layer.indexer.state_dict().items():
-                yield number, name, value
+def _indexer_weights(layers: dict[int, Any]) -> dict[str, Tensor]:
+    """The weights of these layers' indexers by their names in an adapter."""
+    return {f"layers.{i}.self_attn.indexer.{name}": value for i, layer in layers.items() for name, value in layer.indexer.state_dict().items()}
 
 
 def _load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    expected = {f"layers.{i}.self_attn.indexer.{name}": value for i, name, value in _indexer_weights(model)}
-    missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    own = _indexer_weights({i: layer for i, layer in converted_layers(model).items() if hasattr(layer, "indexer")})
+    in_use = _indexer_weights(indexed_layers(model))
+    missing, extra = sorted(in_use.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or extra:
         raise ValueError(
             f"{WEIGHTS_FILE}: expected the model's indexers, got {len(missing)} tensors missing {missing[:2]}, {len(extra)} extra {extra[:2]}"
         )
-    for name, value in expected.items():
-        if weights[name].shape != value.shape:
-            raise ValueError(f"{name}: expected {tuple(value.shape)}, got {tuple(weights[name].shape)}")
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            raise ValueError(f"{name}: expected {tuple(own[name].shape)}, got {tuple(value.shape)}")
     with torch.no_grad():
-        for name, value in expected.items():
-            value.copy_(weights[name])
+        for name, value in weights.items():
+            own[name].copy_(value)
 
 
 def _check_shapes(model: nn.Module, base: dict[str, Any]) -> None:

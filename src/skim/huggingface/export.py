@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from skim.config import Config
 from skim.huggingface.convert import attach, use
+from skim.huggingface.native_export import native_twin
 from skim.huggingface.state import state_of
 
 # Stands in config.json where an attention implementation may stand. transformers knows none of this name, so even a
@@ -49,7 +50,8 @@ def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = No
     """Write a converted model as a folder that any program loads with `from_pretrained(folder, trust_remote_code=True)`.
 
     It holds base and indexers, the settings in force (Config and mode), and a few lines of code that import Skim, which
-    must be installed where the folder is loaded. Indexers are loaded in the model's dtype.
+    must be installed where the folder is loaded. Indexers are loaded in the model's dtype. A `deepseek_v3` becomes a
+    `deepseek_v32`, which needs no such code: transformers reads it with the indexers by itself.
 
     Args:
         model: a converted causal language model of transformers itself (merge a LoRA first).
@@ -88,6 +90,8 @@ def _twin(model: nn.Module) -> Any:
     if base.__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not (type(model) is base or isinstance(model, SparseModel)):
         raise ValueError(f"model: expected a causal language model of transformers itself, got {type(model).__name__}")
     base_config = _base(type(model.config))
+    if base_config.model_type == "deepseek_v3":
+        return native_twin(model, state)
     config_class: Any = type(f"Skim{base_config.__name__}", (SparseConfig, base_config), {"model_type": f"skim_{base_config.model_type}"})
     model_class: Any = type(f"Skim{base.__name__}", (SparseModel, base), {"config_class": config_class})
     settings = model.config.to_dict()
@@ -96,7 +100,8 @@ def _twin(model: nn.Module) -> Any:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it may be dense
         twin = model_class(config_class.from_dict(settings))
-    twin.load_state_dict(model.state_dict(), assign=True)
+    own = twin.state_dict().keys()  # without indexers that the pattern in force leaves out
+    twin.load_state_dict({name: value for name, value in model.state_dict().items() if name in own or ".indexer." not in name}, assign=True)
     twin.generation_config = model.generation_config
     return twin
 

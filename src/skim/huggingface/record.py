@@ -43,9 +43,7 @@ class Record:
         if not self.alignments:
             raise ValueError("alignment: expected a forward pass inside skim.record before, got none that read a recorded layer")
         device = next(iter(self.alignments.values())).device
-        total = torch.zeros((), device=device)
-        for layer, value in self.alignments.items():
-            total = total + self._prepaid.get(layer, value).to(device)
+        total = torch.stack([self._prepaid.get(layer, value).to(device) for layer, value in self.alignments.items()]).sum()
         return _Coefficient.apply(total.requires_grad_(), self._tied) if torch.is_grad_enabled() else total
 
 

@@ -63,14 +63,14 @@ class State:
         """Rows that see more keys than this are read by Skim's attention; None: no row is."""
         if self.recording or self.selector is not None:
             return 0
-        return self.config.budget if self.mode == "sparse" else None
+        return self.config.fewest if self.mode == "sparse" else None
 
 
 @dataclass
 class Forward:
     """One forward pass: the settings in force when it began, so that a checkpointed layer run again in the backward
     pass does the same, and what later layers reuse: selections, and while recording the indexers behind them with
-    their inputs (hidden states and position embeddings).
+    their inputs.
 
     `tied`: the base model takes gradients too, so a layer's alignment loss is tied to its output; otherwise the
     indexer's gradients are made at once. `unaveraged`: DistributedDataParallel doesn't know of a backward pass to come.
@@ -86,7 +86,7 @@ class Forward:
     tied: bool
     unaveraged: bool
     selections: dict[int, Selection] = field(default_factory=dict)
-    inputs: dict[int, tuple[LightningIndexer, Tensor, Any]] = field(default_factory=dict)
+    inputs: dict[int, tuple[LightningIndexer, tuple[Any, ...]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -128,6 +128,12 @@ def decoder_of(model: nn.Module) -> Any:
 def converted_layers(model: nn.Module) -> dict[int, Any]:
     """The attention modules of a converted model by layer number."""
     return {int(m.layer_idx): m for m in model.modules() if hasattr(m, "skim_state") and not getattr(m, "skim_decoder", False)}  # type: ignore[arg-type]
+
+
+def indexed_layers(model: nn.Module) -> dict[int, Any]:
+    """The attention modules whose own indexer is in use, letter S, by layer number: what is trained, saved and exported."""
+    letters = state_of(model).letters
+    return {number: layer for number, layer in converted_layers(model).items() if letters[number] == "S"}
 
 
 def publish(model: nn.Module) -> None:

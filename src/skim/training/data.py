@@ -272,11 +272,21 @@ def chat_tokens(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[in
     spans = []
     for i, message in enumerate(messages):
         if message.get("role") == "assistant":
-            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True) if i else ""
             upto = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            before = (
+                tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True) if i else _opening(messages, upto, tokenizer)
+            )
             if not (text.startswith(before) and text.startswith(upto)):
                 raise ValueError("data: expected a chat template that only adds to what came before, got one that writes earlier turns anew")
             spans.append((len(before), len(upto)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    mask = [any(begin <= at < end for begin, end in spans) for at, _ in encoded["offset_mapping"]]
+    # Any character of the assistant's counts: its first word may be a token together with the space before it.
+    mask = [any(begin < stop and at < end for begin, end in spans) for at, stop in encoded["offset_mapping"]]
     return encoded["input_ids"], mask
+
+
+def _opening(messages: list[dict[str, Any]], text: str, tokenizer: Any) -> str:
+    """What stands before the assistant's words in `text`, a chat that the assistant opens: templates refuse a chat of no turns."""
+    prompted = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    prompt = prompted.removeprefix(text)
+    return text[: text.find(prompt) + len(prompt)] if prompt in text else ""

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,20 +19,26 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
+from skim.config import Config
 from skim.huggingface import load, revert, save
+from skim.huggingface.adapter import describe
 from skim.huggingface.state import state_of
 from skim.training import checkpoint
 from skim.training.data import Rows, order
 from skim.training.recipe import LORA_RANK, Recipe
 from skim.training.stage import Batch, Metrics, Stage, audit, base_digest
+from skim.training.variants import configurations
 from skim.training.verdict import fifths, verdict
 
 PROBE_STEPS = 3
 LINES = 20  # that a run writes, with the kept mass at each
 LEAST_SHARE = 0.25  # of queries that see more than the budget
 LEAST_LENGTH = 512
-UNCHANGING = ("save_every", "tracker")  # may differ when a run goes on
+# What a RuntimeError says where a driver, a library or the CPU's allocator finds no memory instead of PyTorch's own.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+MAY_CHANGE = ("save_every", "tracker", "id", "revision")  # of recipe and base, when a run goes on
 
 
 @dataclass
@@ -45,6 +51,7 @@ class Run:
     kl: list[float] = field(default_factory=list)
     mass: dict[int, float] = field(default_factory=dict)
     layers: dict[int, float] = field(default_factory=dict)
+    variants: dict[str, list[float]] = field(default_factory=dict)
 
 
 def train(
@@ -58,6 +65,7 @@ def train(
     dry_run: bool = False,
     console: Console | None = None,
     about: dict[str, Any] | None = None,
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train a converted model: its indexers (`Recipe(stage="warmup")`), then all of it (`Recipe(stage="sparse")`).
 
@@ -74,6 +82,9 @@ def train(
         dry_run: stop after the probe.
         console: where progress is shown; None shows none.
         about: what else `run.json` is to say.
+        variants: name -> fields of `Config` (index_n_heads, index_head_dim, rope_dim, rope_layout) that differ from the
+            model's: further indexers that the warm-up trains on the same forward passes and teacher, each as if it were
+            trained alone; `out/variants/NAME` is an adapter as `out/adapter` is.
 
     Returns:
         Everything known of the run, as in `run.json`; after a dry run the probe alone.
@@ -87,6 +98,9 @@ def train(
 
     out = Path(out)
     recipe = recipe or Recipe()
+    if variants and recipe.stage != "warmup":
+        raise ValueError("variants: expected none in the sparse stage, whose selections are of one indexer a layer")
+    configs = configurations(state_of(model).config, variants or {})
     # The recipe says what is computed in and accumulated; variables that `accelerate launch` sets would do it a second time.
     accelerator = Accelerator(log_with=recipe.tracker, project_dir=str(out), mixed_precision="no")
     accelerator.gradient_accumulation_steps = 1
@@ -103,6 +117,8 @@ def train(
         "stage": recipe.stage,
         "recipe": asdict(recipe),
         "config": asdict(state_of(model).config),
+        "variants": {name: {"config": asdict(config)} for name, config in configs.items()},
+        "base": describe(model),
         **_surroundings(accelerator),
     }
     report["data"] = {"key": data.key, "rows": len(data), "tokens": len(data) * data.length, **_share(model, data, console)}
@@ -112,12 +128,12 @@ def train(
     with _repeatable(accelerator.device):
         digest = base_digest(model) if recipe.stage == "warmup" else ""
         if found is None:
-            report["probe"] = _probe(model, data, recipe, accelerator, console)
+            report["probe"] = _probe(model, data, recipe, accelerator, console, configs)
             if dry_run:
                 return report
         else:
             report["probe"] = found["report"]["probe"]
-        stage = Stage(model, recipe, accelerator, _first(data, recipe, accelerator))
+        stage = Stage(model, recipe, accelerator, _first(data, recipe, accelerator), configs)
         run = Run()
         if found is not None:
             run = Run(**found["run"])
@@ -164,8 +180,13 @@ def _batches(data: Rows, recipe: Recipe, accelerator: Any, step: int) -> list[Ba
     for i in range(recipe.accumulate):
         first = ((step * recipe.accumulate + i) * accelerator.num_processes + accelerator.process_index) * recipe.batch
         rows = [data[_order(len(data), recipe.seed, n // len(data))[n % len(data)]] for n in range(first, first + recipe.batch)]
-        made.append({name: torch.stack([row[name] for row in rows]).to(accelerator.device) for name in rows[0]})
+        made.append({name: _moved(torch.stack([row[name] for row in rows]), accelerator.device) for name in rows[0]})
     return made
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """value on the device; from pinned memory, so that nobody waits for the steps that are still to be computed."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 def _first(data: Rows, recipe: Recipe, accelerator: Any) -> Batch:
@@ -207,18 +228,18 @@ def _repeatable(device: torch.device) -> Iterator[None]:
         fills.fill_uninitialized_memory = before[2]
 
 
-def _probe(model: Any, data: Rows, recipe: Recipe, accelerator: Any, console: Console) -> dict[str, float]:
+def _probe(model: Any, data: Rows, recipe: Recipe, accelerator: Any, console: Console, configs: dict[str, Config]) -> dict[str, float]:
     """Memory and time of a run, from three steps that leave nothing behind.
 
     Raises:
         ValueError: it doesn't fit; the nearest settings that do are named.
     """
     assert recipe.steps is not None
-    tried = _fits(model, data, recipe, accelerator)
+    tried = _fits(model, data, recipe, accelerator, configs)
     if tried is None:
         where = f"the memory of {accelerator.device}"
         for flags, lighter in _lighter(recipe):
-            if found := _fits(model, data.with_length(lighter.length), lighter, accelerator):
+            if found := _fits(model, data.with_length(lighter.length), lighter, accelerator, configs):
                 raise ValueError(f"memory: this run needs more than {where}; it fits with {flags} ({found[1]:.1f} GiB)")
         raise ValueError(f"memory: this run needs more than {where}, and so does every smaller setting")
     seconds, peak = tried
@@ -229,18 +250,21 @@ def _probe(model: Any, data: Rows, recipe: Recipe, accelerator: Any, console: Co
     return {"peak_gib": peak, "hours": hours, "seconds_per_step": seconds}
 
 
-def _fits(model: Any, data: Rows, recipe: Recipe, accelerator: Any) -> tuple[float, float] | None:
+def _fits(model: Any, data: Rows, recipe: Recipe, accelerator: Any, configs: dict[str, Config]) -> tuple[float, float] | None:
     """`_try`, or None if memory ran out. What ran out is let go before this returns: an error in hand would hold its frames."""
     try:
-        return _try(model, data, recipe, accelerator)
-    except torch.OutOfMemoryError:
+        return _try(model, data, recipe, accelerator, configs)
+    except (torch.OutOfMemoryError, MemoryError):
         pass
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     return None
 
 
-def _try(model: Any, data: Rows, recipe: Recipe, accelerator: Any) -> tuple[float, float]:
+def _try(model: Any, data: Rows, recipe: Recipe, accelerator: Any, configs: dict[str, Config]) -> tuple[float, float]:
     """Seconds of a step and peak memory in GiB. The model's weights are put back."""
     cuda = accelerator.device.type == "cuda"
     gc.collect()
@@ -251,7 +275,7 @@ def _try(model: Any, data: Rows, recipe: Recipe, accelerator: Any) -> tuple[floa
     before = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if everything or ".indexer." in name}
     stage, times = None, []
     try:
-        stage = Stage(model, recipe, accelerator, _first(data, recipe, accelerator))
+        stage = Stage(model, recipe, accelerator, _first(data, recipe, accelerator), configs)
         for step in range(PROBE_STEPS):
             began = time.perf_counter()
             stage.step(step, _batches(data, recipe, accelerator, step))
@@ -344,6 +368,8 @@ def _note(run: Run, waiting: list[Metrics]) -> None:
         if metrics.kl is not None:
             run.kl.append(float(metrics.kl))
             run.layers = {layer: float(value) for layer, value in metrics.layers.items()}
+        for name, value in metrics.variants.items():
+            run.variants.setdefault(name, []).append(float(value))
     waiting.clear()
 
 
@@ -380,13 +406,18 @@ def _checkpoint(out: Path, report: dict[str, Any], resume: bool, dry_run: bool) 
     if not resume:
         raise ValueError(f"out: expected a new folder, or --resume to go on, got {str(out)!r} with checkpoints in it")
     found = checkpoint.load(there[-1])
-    for what in ("recipe", "config", "data"):
-        then, now = found["report"][what], report[what]
-        changed = [name for name in now if now[name] != then.get(name) and name not in UNCHANGING]
-        if changed:
-            name = changed[0]
-            raise ValueError(f"{what}.{name}: expected {then.get(name)!r}, with which the run in {str(out)!r} began, got {now[name]!r}")
+    then, now = _identity(found["report"]), _identity(report)
+    for name in {**now, **then}:
+        if now.get(name) != then.get(name):
+            raise ValueError(f"{name}: expected {then.get(name)!r}, with which the run in {str(out)!r} began, got {now.get(name)!r}")
     return found
+
+
+def _identity(report: dict[str, Any]) -> dict[str, Any]:
+    """What makes a run the same run: recipe, config, base weights, data and number of processes, by name."""
+    parts = ("recipe", "config", "variants", "base", "data")
+    named = {f"{part}.{name}": value for part in parts for name, value in report[part].items() if name not in MAY_CHANGE}
+    return {**named, "processes": report["processes"]}
 
 
 # -------------------------------------------------------------------------------------------------------------- end
@@ -411,6 +442,11 @@ def _summary(stage: Stage, run: Run) -> dict[str, Any]:
     summary["kl_by_layer"] = {str(layer): value for layer, value in run.layers.items()}
     if run.kl:
         summary["verdict"] = verdict(run.kl, recipe.stage == "warmup")
+    if stage.variants:
+        curves = run.variants.items()
+        summary["variants"] = {
+            name: {"config": asdict(stage.variants.configs[name]), "kl": curve, "verdict": verdict(curve, True)} for name, curve in curves
+        }
     return summary
 
 
@@ -424,6 +460,10 @@ def _save(stage: Stage, out: Path, report: dict[str, Any], tokenizer: Any, main:
         stage.settle()
         with checkpoint.new_folder(out / "adapter") as folder:
             save(stage.model, folder)
+        if stage.variants:
+            for name in stage.variants.indexers:
+                with checkpoint.new_folder(out / "variants" / name) as folder, stage.variants.installed(name):
+                    save(stage.model, folder)
     model = stage.finish()
     if recipe.stage == "sparse" and recipe.lora is None and main:
         with checkpoint.new_folder(out / "model") as folder:
@@ -447,6 +487,8 @@ def _table(report: dict[str, Any]) -> Table:
         rows.append(("KL by fifths of the run", " ".join(f"{value:.4f}" for value in fifths(report["kl"]))))
         worst = sorted(report["kl_by_layer"].items(), key=lambda item: -item[1])[:3]
         rows.append(("layers with the most", ", ".join(f"{layer} ({value:.3f})" for layer, value in worst)))
+    for name, variant in report["variants"].items():
+        rows.append((f"KL by fifths, {name}", " ".join(f"{value:.4f}" for value in fifths(variant["kl"]))))
     if report["loss"]:
         rows.append(("loss by fifths of the run", " ".join(f"{value:.4f}" for value in fifths(report["loss"]))))
     if report["kept_mass"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -15,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from skim.config import Config
 from skim.huggingface import LayerInputs, record, use
 from skim.huggingface.attention import by_indexer
-from skim.huggingface.state import converted_layers, decoder_of, state_of
+from skim.huggingface.state import converted_layers, decoder_of, indexed_layers, state_of
 from skim.modules import IndexTensors, LightningIndexer
 from skim.ops import attend, attend_dense
 from skim.selection import Selection
 from skim.training.data import IGNORED
 from skim.training.recipe import Recipe, index_rate, schedule
+from skim.training.variants import Variants
 
 BETAS = (0.9, 0.95)
 LOGITS_CHUNK = 1024  # tokens whose logits are float32 at a time
@@ -40,11 +43,13 @@ class Metrics:
         loss: the language model's loss, or its divergence from the dense model; None in the warm-up.
         kl: mean alignment loss of the layers; None where the indexers are frozen.
         layers: layer -> its alignment loss.
+        variants: mean alignment loss of each further configuration.
     """
 
     loss: Tensor | None
     kl: Tensor | None
     layers: dict[int, Tensor]
+    variants: dict[str, Tensor]
 
 
 class Stage:
@@ -55,27 +60,31 @@ class Stage:
         recipe: resolved.
         accelerator: accelerate's.
         first: a batch that the inputs of the indexers are measured on.
+        variants: further configurations that the warm-up trains, by name.
 
     Raises:
         ValueError: the model was not converted or has no indexer.
     """
 
-    def __init__(self, model: Any, recipe: Recipe, accelerator: Any, first: Batch) -> None:
+    def __init__(self, model: Any, recipe: Recipe, accelerator: Any, first: Batch, variants: dict[str, Config] | None = None) -> None:
         state_of(model)
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
-        self.layers = [layer for layer in converted_layers(model).values() if hasattr(layer, "indexer")]
-        if not self.layers:
+        layers = indexed_layers(model).values()
+        if not layers:
             raise ValueError("model: expected at least one layer with an indexer (pattern letter 'S'), got none")
         self.warm = recipe.stage == "warmup"
-        self.indexers: list[LightningIndexer] = [layer.indexer for layer in self.layers]
+        self.indexers: list[LightningIndexer] = [layer.indexer for layer in layers]
         self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self.training, self.mode = model.training, state_of(model).mode
+        self.run: Any = None
+        self.variants: Variants | None = None
         try:
             torch.manual_seed(recipe.seed)
             self.rms = input_rms(model, first)
             if self.warm:
                 initialise(self.rms)
+            self.variants = Variants(model, variants, recipe.seed, self.rms) if variants else None
             self.teacher = self._teacher() if recipe.loss == "distill" and recipe.lora is None else None
             self._freeze()
             self.run = accelerator.prepare_model(decoder_of(model) if self.warm else self.model)
@@ -87,7 +96,7 @@ class Stage:
     def _teacher(self) -> Any:
         """A frozen copy of the model that reads densely."""
         teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
-        use(teacher, mode="dense")
+        use(teacher, selector=everything)
         return teacher
 
     def _freeze(self) -> None:
@@ -102,6 +111,9 @@ class Stage:
         elif recipe.precision == "bf16":  # small steps are lost on bf16 weights; autocast computes in bf16
             for parameter in model.parameters():  # not model.float(): buffers stay what they are
                 parameter.data = parameter.data.float()
+        for layer in converted_layers(model).values():
+            if hasattr(layer, "indexer"):  # those that the pattern in force leaves out learn nothing
+                layer.indexer.requires_grad_(False)
         for indexer in self.indexers:
             indexer.float().requires_grad_(self.warm or recipe.train_indexer)
         model.train(not self.warm)
@@ -113,39 +125,47 @@ class Stage:
         index = [(name, p) for indexer in self.indexers for name, p in indexer.named_parameters() if p.requires_grad]
         own = {id(p) for _, p in index}
         self.index = [p for _, p in index]
+        self.others = {name: list(self.variants.parameters(name).items()) for name in self.variants.indexers} if self.variants else {}
         self.base = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
         assert recipe.index_lr is not None
         width = self.indexers[0].wk.weight.shape[1]
         matrices = index_rate(recipe.index_lr, median(self.rms.values()), width)
-        groups: list[dict[str, Any]] = [
-            {"params": self.base, "peak": recipe.lr},
-            {"params": [p for name, p in index if not name.startswith("k_norm")], "peak": matrices},
-            {"params": [p for name, p in index if name.startswith("k_norm")], "peak": recipe.index_lr},
-        ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS, weight_decay=0.0)
+        groups: list[dict[str, Any]] = [{"params": self.base, "peak": recipe.lr}]
+        for named in (index, *self.others.values()):
+            groups.append({"params": [p for name, p in named if "k_norm" not in name], "peak": matrices})
+            groups.append({"params": [p for name, p in named if "k_norm" in name], "peak": recipe.index_lr})
+        fused = self.accelerator.device.type == "cuda" or None  # the indexers are many small tensors
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS, weight_decay=0.0, fused=fused)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return own | {f"{variant}.{name}": p for variant, named in self.others.items() for name, p in named}
 
     def step(self, number: int, batches: list[Batch]) -> Metrics:
         """One step of the optimizer on the mean of some batches."""
         recipe = self.recipe
         # Random numbers depend on nothing but these, so a run that goes on needs no state of theirs.
         torch.manual_seed((recipe.seed * 1_000_003 + number) * 1_009 + self.accelerator.process_index)
-        tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches) if not self.warm else 0
-        if self.accelerator.num_processes > 1 and not self.warm:
-            tokens = int(self.accelerator.reduce(torch.tensor(tokens, device=self.accelerator.device), "sum")) / self.accelerator.num_processes
-        losses: list[Tensor] = []
-        layers: dict[int, Tensor] = {}
+        tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).sum().float()
+        if not self.warm:
+            tokens = self.accelerator.reduce(tokens, "mean").clamp(min=1 / self.accelerator.num_processes)
+        losses, alignments = list[Tensor](), list[Tensor]()
+        layers: tuple[int, ...] = ()
         for i, batch in enumerate(batches):
             with contextlib.nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.run):
-                loss, found = self._loss(batch, max(tokens, 1), len(batches))
+                loss, found = self._loss(batch, tokens, len(batches))
                 if loss is not None:
                     losses.append(loss)
-                layers = {layer: layers.get(layer, 0) + value / len(batches) for layer, value in found.items()}
+                if found:
+                    layers = tuple(found)
+                    alignments.append(torch.stack(list(found.values())) / len(batches))
+        others = [[p for _, p in named] for named in self.others.values()]
+        if self.accelerator.num_processes > 1:
+            for parameter in itertools.chain(*others):
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         if recipe.clip:
-            for parameters in (self.base, self.index):
+            for parameters in (self.base, self.index, *others):
                 if parameters:
                     nn.utils.clip_grad_norm_(parameters, recipe.clip)
         assert recipe.steps is not None
@@ -153,27 +173,30 @@ class Stage:
             group["lr"] = group["peak"] * schedule(number, recipe.steps, recipe.ramp, recipe.lr_end)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        kl = None
-        if layers:
-            shares = self.accelerator.reduce(torch.stack(list(layers.values())), "mean")
-            kl, layers = shares.sum() / len(self.indexers), dict(zip(layers, shares))
-        return Metrics(self.accelerator.reduce(torch.stack(losses).sum(), "mean") if losses else None, kl, layers)
+        loss = self.accelerator.reduce(torch.stack(losses).sum(), "mean") if losses else None
+        if not alignments:
+            return Metrics(loss, None, {}, {})
+        shares = self.accelerator.reduce(torch.stack(alignments).sum(0), "mean")
+        variants = {name: self.accelerator.reduce(self.variants.take_loss(name), "mean") for name in self.others} if self.variants else {}
+        return Metrics(loss, shares.sum() / len(self.indexers), dict(zip(layers, shares)), variants)
 
-    def _loss(self, batch: Batch, tokens: float, batches: int) -> tuple[Tensor | None, dict[int, Tensor]]:
+    def _loss(self, batch: Batch, tokens: Tensor, batches: int) -> tuple[Tensor | None, dict[int, Tensor]]:
         """Run a batch forwards and backwards; its share of the step's loss, and the layers' alignment losses."""
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        recording = record(self.model) if self.warm or self.recipe.train_indexer else contextlib.nullcontext()
         teacher = self._teacher_logits(inputs)
-        with self._autocast(), recording as r:
+        aligning = self.warm or self.recipe.train_indexer
+        reading: Any = record(self.model) if aligning else use(self.model, selector=by_indexer)  # neither lets a mask be made
+        share = 1 / (len(self.indexers) * batches)
+        with self._autocast(), reading as r, self.variants.learning(share) if self.variants else contextlib.nullcontext():
             out = self.run(**inputs, use_cache=False)
-        alignment = r.alignment / (len(self.indexers) * batches) if r is not None else 0.0
+        alignment = r.alignment * share if aligning else 0.0
         loss = None if self.warm else token_loss(out.logits, batch["labels"], teacher) / tokens
         self.accelerator.backward(alignment if loss is None else loss + alignment)
-        return None if loss is None else loss.detach(), dict(r.alignments) if r is not None else {}
+        return None if loss is None else loss.detach(), dict(r.alignments) if aligning else {}
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        wide = self.model.dtype == torch.float32 and self.recipe.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=wide)
+        """bf16, also under a bf16 base: the indexers' weights are float32."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
     @torch.no_grad()
     def _teacher_logits(self, inputs: Batch) -> Tensor | None:
@@ -183,7 +206,7 @@ class Stage:
             if self.teacher is not None:
                 return self.teacher(**inputs, use_cache=False).logits
             self.model.eval()
-            with self.model.disable_adapter(), use(self.model, mode="dense"):
+            with self.model.disable_adapter(), use(self.model, selector=everything):
                 logits = self.model(**inputs, use_cache=False).logits
             self.model.train()
             return logits
@@ -193,7 +216,8 @@ class Stage:
         """Share of the dense attention that the selections keep, over the queries that see more than the budget."""
         training = self.model.training
         self.model.eval()
-        mass = _Mass(state_of(self.model).config.budget)
+        state = state_of(self.model)
+        mass = _Mass(state.config.budget, state.letters)
         with self._autocast(), use(self.model, selector=mass):
             decoder_of(self.model)(**{name: batch[name] for name in ("input_ids", "position_ids")}, use_cache=False)
         self.model.train(training)
@@ -206,6 +230,8 @@ class Stage:
             dtype = self.dtypes.get(name if self.recipe.lora is None else name.removeprefix("base_model.model."))
             if dtype is not None:
                 parameter.data = parameter.data.to(dtype)
+        if self.variants:
+            self.variants.settle(self.indexers[0].wk.weight.dtype)
 
     def close(self) -> Any:
         """Give the model back without LoRA adapters, its settings as they were; the weights stay as they are."""
@@ -218,7 +244,8 @@ class Stage:
         return self._restore(self.model.merge_and_unload() if hasattr(self.model, "merge_and_unload") else self.model, "sparse")
 
     def _restore(self, model: Any, mode: str) -> Any:
-        self.model = model
+        self.model, self.run = model, None
+        self.accelerator.free_memory()  # it holds on to what it prepared; under DistributedDataParallel that would go on averaging
         if self.recipe.checkpointing and not self.warm:
             _checkpointing(model, False)
         for name, parameter in model.named_parameters():
@@ -276,7 +303,8 @@ def token_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) ->
         end = min(begin + LOGITS_CHUNK, labels.shape[1] - 1)
         part = None if teacher is None else teacher[:, begin:end]
         # A chunk is made float32 again in the backward pass, instead of keeping all of them.
-        total = total + checkpoint(_part_loss, logits[:, begin:end], labels[:, begin + 1 : end + 1], part, use_reentrant=False)
+        rows = logits[:, begin:end], labels[:, begin + 1 : end + 1], part
+        total = total + checkpoint(_part_loss, *rows, use_reentrant=False, preserve_rng_state=False)
     return total
 
 
@@ -290,22 +318,22 @@ def _part_loss(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor
 
 @torch.no_grad()
 def input_rms(model: Any, batch: Batch) -> dict[nn.Module, float]:
-    """Attention layer with an indexer -> root mean square of what it is fed."""
-    rms: dict[nn.Module, float] = {}
+    """Attention layer with an indexer in use -> root mean square of what it is fed."""
+    rms: dict[nn.Module, Tensor] = {}
 
     def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        rms[module] = float(hidden.float().square().mean().sqrt())
+        rms[module] = hidden.float().square().mean().sqrt()
 
-    hooks = [x.register_forward_pre_hook(measure, with_kwargs=True) for x in converted_layers(model).values() if hasattr(x, "indexer")]
+    hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in indexed_layers(model).values()]
     training = model.training
     model.eval()
-    with use(model, mode="dense"):
+    with use(model, selector=everything):
         decoder_of(model)(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
     model.train(training)
     for hook in hooks:
         hook.remove()
-    return rms
+    return {layer: float(value) for layer, value in rms.items()}
 
 
 def initialise(rms: dict[nn.Module, float]) -> None:
@@ -314,11 +342,15 @@ def initialise(rms: dict[nn.Module, float]) -> None:
         layer.indexer.reset_parameters(value)  # type: ignore[union-attr, operator]
 
 
+def everything(inputs: LayerInputs, start: Tensor, end: Tensor) -> None:
+    """The selector that reads every visible key: dense attention without a mask, whose T x T entries packed rows would need."""
+
+
 class _Mass:
     """A selector that reads everything and notes how much of the attention's mass the indexers would keep."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget, self.kept = budget, list[Tensor]()
+    def __init__(self, budget: int, letters: dict[int, str]) -> None:
+        self.budget, self.letters, self.kept = budget, letters, list[Tensor]()
         self.last: Selection | None = None
 
     def __call__(self, inputs: LayerInputs, start: Tensor, end: Tensor) -> None:
@@ -328,7 +360,7 @@ class _Mass:
         if not bool(long.any()):
             return
         index = inputs.index
-        if index is not None:  # a layer without an indexer reads what the last one with one selected
+        if index is not None and self.letters[inputs.layer] == "S":  # an R layer reads what the last S layer selected
             part = IndexTensors(index.q[:, rows].contiguous(), index.k, index.weights[:, rows].contiguous())
             self.last = by_indexer(LayerInputs(inputs.layer, q, inputs.k, inputs.scale, inputs.config, inputs.indexer, part), start, end)
         assert self.last is not None
