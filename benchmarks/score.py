@@ -1,4 +1,4 @@
-"""The scoreboard: what `skim bench` measured against the targets, as benchmarks/targets.json.
+"""The scoreboard: what `skim bench`, `retrofit.py` and `economics.py` measured against the targets, as benchmarks/targets.json.
 
     python benchmarks/score.py benchmarks/results/*.json
 
@@ -83,7 +83,7 @@ def summary(row: Row) -> Row:
 
 
 N, M = 131072, 32768
-TARGETS = (
+KERNELS = (
     Target(
         "K1",
         "whole DSA attention, 32/2 heads, d=128, K=2048, forward, against the best dense SDPA",
@@ -197,6 +197,186 @@ TARGETS = (
 )
 
 
+def points(row: Row) -> float:
+    return abs(row["mass_points"])
+
+
+def size(row: Row) -> float:
+    return abs(row["percent"])
+
+
+def over(row: Row) -> Row:
+    """A perplexity over its reference with what is reported beside it."""
+    return {name: row[name] for name in ("percent", "low", "high", "beyond_twice_budget") if name in row}
+
+
+def field(name: str) -> Callable[[Row], Any]:
+    return lambda row: row[name]
+
+
+def retrofit(case: str, **more: Any) -> Row:
+    """A row of what `retrofit.py --report` wrote."""
+    return {"case": case, **more}
+
+
+SPARSE = (512, 0.2), (256, 0.5), (128, 1.5)  # budget, percent of perplexity
+RETROFIT = (
+    Target(
+        "R1",
+        "perplexity after both stages over the dense control, held-out windows of 8192 tokens",
+        "budget 512 / 256 / 128: <= +0.2 % / +0.5 % / +1.5 %",
+        "%",
+        (
+            *(Clause(f"{k}", retrofit("R1", headline=True, budget=k), field("percent"), "<=", goal) for k, goal in SPARSE),
+            *(Clause(f"{k}, with its interval and beyond 2 x budget", retrofit("R1", headline=True, budget=k), over) for k, _ in SPARSE),
+        ),
+    ),
+    Target(
+        "R2",
+        "perplexity after the warm-up alone, budget 1024 / 512 / 256 / 128",
+        "not above the oracle beyond the interval; below every other pattern",
+        "%: lower end of the interval over the oracle; lower end of the closest other pattern's over DSA",
+        tuple(
+            clause
+            for k in (1024, 512, 256, 128)
+            for clause in (
+                Clause(f"{k}, over the oracle", retrofit("R2", budget=k), lambda row: row["over_oracle"]["low"], "<=", 0.0),
+                Clause(f"{k}, closest other", retrofit("R2", budget=k), field("closest_rule"), ">=", 0.0),
+            )
+        ),
+    ),
+    Target(
+        "R3",
+        "kept attention mass at 512 against the oracle's",
+        ">= 99.3 %",
+        "share",
+        (Clause("512", retrofit("R3", budget=512), field("share"), ">=", 0.993),),
+    ),
+    Target(
+        "R4",
+        "retrieval where dense reading solves 60 %, budget 256",
+        "not below dense beyond the interval",
+        "share solved over dense: the least upper end of the tasks' intervals",
+        (
+            Clause("warm-up alone", retrofit("R4", after="warmup", budget=256), field("least_high"), ">=", 0.0),
+            Clause("both stages", retrofit("R4", headline=True, budget=256), field("least_high"), ">=", 0.0),
+        ),
+    ),
+    Target(
+        "R5",
+        "FP8 against bf16 scores",
+        "perplexity within 0.1 %, mass within 0.1 point; overlap reported",
+        "%; points; share",
+        tuple(
+            clause
+            for k in (512, 256)
+            for clause in (
+                Clause(f"{k}, perplexity", retrofit("R5", budget=k), size, "<=", 0.1),
+                Clause(f"{k}, mass", retrofit("R5", budget=k), points, "<=", 0.1),
+                Clause(f"{k}, overlap", retrofit("R5", budget=k), field("overlap")),
+            )
+        ),
+    ),
+    Target(
+        "R6",
+        "a selection for every 4 layers, budget 512, both stages, perplexity over the dense control",
+        "<= +0.5 %",
+        "%",
+        (Clause("512", retrofit("R6", layers=4, budget=512), field("percent"), "<=", 0.5),),
+    ),
+    Target(
+        "R7",
+        "adaptive against fixed budget at equal average keys, the best of three shares",
+        "lower perplexity, or an honest table that it doesn't pay",
+        "%",
+        (Clause("perplexity over the fixed budget's", retrofit("R7", headline=True), over),),
+    ),
+    Target(
+        "R8",
+        "warm-up speed at 8192 tokens, one H100; time to the shipped quality",
+        ">= 150k",
+        "tokens/s; s",
+        (
+            Clause("tokens/s", retrofit("R8"), field("tokens_per_second"), ">=", 150_000.0),
+            Clause("seconds", retrofit("R8"), field("seconds")),
+        ),
+    ),
+    Target(
+        "R9",
+        "agreement with the untouched model on chats and texts of at most 512 tokens, against the dense control's",
+        "KL and top-1 agreement not worse than the dense control's beyond the interval",
+        "nats; share: the end of the paired interval that is nearest to the goal",
+        tuple(
+            clause
+            for what in ("chat", "text")
+            for clause in (
+                Clause(f"{what}, KL", retrofit("R9", headline=True, what=what), lambda row: row["kl_over_control"]["low"], "<=", 0.0),
+                Clause(f"{what}, top-1", retrofit("R9", headline=True, what=what), lambda row: row["top1_over_control"]["high"], ">=", 0.0),
+            )
+        ),
+    ),
+)
+MILLION = 1 << 20
+ECONOMICS = (
+    Target(
+        "D2",
+        "prefill of one full-size DeepSeek-V3.2 attention layer at position 128k, cost of a token against dense expanded attention",
+        ">= 4.5",
+        "times as fast",
+        (Clause("layer", at("D2", N, "layer"), ratio, ">=", 4.5), Clause("attention", at("D2", N, "attention"), ratio)),
+    ),
+    Target(
+        "D3",
+        "its decode at 128k, batch 32, against our attention over all keys",
+        "attention >= 5, layer >= 4; dense at >= 60 % of the memory roof",
+        "times as fast; share",
+        (
+            Clause("attention", at("D3", N, "attention", mode="graph"), ratio, ">=", 5.0),
+            Clause("layer", at("D3", N, "layer", mode="graph"), ratio, ">=", 4.0),
+            Clause("dense, share of the memory roof", at("D3", N, "attention", mode="graph"), field("baseline_memory_share"), ">=", 0.6),
+            Clause("dense, share of the compute roof", at("D3", N, "attention", mode="graph"), field("baseline_compute_share")),
+        ),
+    ),
+    Target(
+        "D4",
+        "its prefill of 8k tokens against transformers' own layer: time, and memory beyond inputs",
+        ">= 20 times as fast; <= 1/20 of the memory",
+        "times as fast; times less",
+        (
+            Clause("time", at("D4", 8192, "layer"), ratio, ">=", 20.0),
+            Clause("memory", at("D4", 8192, "layer"), field("memory_ratio"), ">=", 20.0),
+        ),
+    ),
+    Target(
+        "D5",
+        "1M tokens through it in chunks of 4096, one H100",
+        "runs, <= 20 GB",
+        "GB; ms",
+        (
+            Clause("most memory held", at("D5", MILLION, "whole"), field("held_gb"), "<=", 20.0),
+            Clause("most memory reserved", at("D5", MILLION, "whole"), field("reserved_gb"), "<=", 20.0),
+            Clause("ms", at("D5", MILLION, "whole"), field("ms")),
+        ),
+    ),
+    Target(
+        "D6",
+        "its FP8 caches (656 and 132 bytes a token) against bf16 at 32k keys, Gaussian inputs",
+        "output of the same selection <= 3e-2; no differing key beyond the FP8 bound of the k-th score; overlap >= 96 %",
+        "relative error; keys; share",
+        tuple(
+            clause
+            for kind in ("float32", "ue8m0")
+            for clause in (
+                Clause(f"{kind}, output error", at("D6", M, kind), field("output_error"), "<=", 3e-2),
+                Clause(f"{kind}, keys beyond the bound", at("D6", M, kind), field("beyond_bound"), "<=", 0),
+                Clause(f"{kind}, overlap", at("D6", M, kind), field("overlap"), ">=", 0.96),
+            )
+        ),
+    ),
+)
+TARGETS = KERNELS + RETROFIT + ECONOMICS
+
+
 def unmeasured(target: Target) -> Row:
     nothing = dict.fromkeys(("device", "commit", "command", "result"))
     return {"id": target.id, "what": target.what, "goal": target.goal, "value": None, "unit": target.unit, "met": False, **nothing}
@@ -227,11 +407,11 @@ def score(target: Target, results: Iterable[tuple[str, Row]]) -> Row | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, help="files that `skim bench --json` wrote")
+    parser.add_argument("results", nargs="+", type=Path, help="files that `skim bench --json`, `retrofit.py --report` or `economics.py --json` wrote")
     parser.add_argument("--out", type=Path, default=SCOREBOARD)
     arguments = parser.parse_args()
     results = [(os.path.relpath(path.resolve(), ROOT), json.loads(path.read_text())) for path in arguments.results]
-    results = [(path, result) for path, result in results if "roofs" in result]  # other programs write results too
+    results = [(path, result) for path, result in results if "quick" in result]  # other programs write results too
     before = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     entries = {entry["id"]: entry for entry in before}
     for target in TARGETS:

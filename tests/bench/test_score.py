@@ -27,7 +27,7 @@ def k1(n: int, kind: str, ratio: float) -> dict:
 
 
 def test_there_is_a_target_for_each_id_of_the_issue():
-    assert list(TARGETS) == [f"K{i}" for i in range(1, 13)]
+    assert list(TARGETS) == [*(f"K{i}" for i in range(1, 13)), *(f"R{i}" for i in range(1, 10)), *(f"D{i}" for i in range(2, 7))]
 
 
 def test_all_clauses_hold():
@@ -59,13 +59,25 @@ def test_later_files_win():
 
 def test_other_entries_of_the_file_stay(monkeypatch, tmp_path, capsys):
     out, measured = tmp_path / "targets.json", tmp_path / "result.json"
-    out.write_text(json.dumps([{"id": "R1", "value": 1}]))
+    out.write_text(json.dumps([{"id": "X1", "value": 1}]))
     measured.write_text(json.dumps(result({"case": "K11", "n": 131072, "kind": "random", "part": "decode", "ratio": 2.0})))
     monkeypatch.setattr(sys, "argv", ["score.py", str(measured), "--out", str(out)])
     score.main()
     entries = {entry["id"]: entry for entry in json.loads(out.read_text())}
-    assert set(entries) == {"R1", *TARGETS} and entries["R1"]["value"] == 1
+    assert set(entries) == {"X1", *TARGETS} and entries["X1"]["value"] == 1
     assert entries["K11"]["met"] is False and entries["K11"]["value"] == 2.0
     assert entries["K1"]["met"] is False and entries["K1"]["value"] is None  # nobody measured it yet
     assert "MISSED K11" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+def r1(budget: int, percent: float, headline: bool = True) -> dict:
+    return {"case": "R1", "headline": headline, "budget": budget, "percent": percent, "low": percent - 0.1, "high": percent + 0.1}
+
+
+def test_the_retrofit_is_judged_by_the_loss_of_the_headline():
+    good, other = (r1(512, 0.1), r1(256, 0.4), r1(128, 1.5)), (r1(512, 9.0, headline=False), r1(128, 9.0, headline=False))
+    entry = score.score(TARGETS["R1"], [("a.json", result(*good, *other))])
+    assert entry["met"] is True and [entry["value"][k] for k in ("512", "256", "128")] == [0.1, 0.4, 1.5]
+    assert score.score(TARGETS["R1"], [("a.json", result(r1(512, 0.21), *good[1:]))])["met"] is False
+    assert score.score(TARGETS["R1"], [("a.json", result(*good[1:]))])["met"] is False
