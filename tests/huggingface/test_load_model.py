@@ -46,6 +46,7 @@ def its_tokenizer_splits_digits_and_gives_the_text_back(tokenizer):
     assert [piece for piece in pieces if piece.isdigit()] == ["1", "2", "3", "4"]
     for sample in ("1234", "a 56 b", "Was it 1999? Ünïcode – 42\n\n  x = 7.0"):
         assert tokenizer.decode(tokenizer(sample).input_ids) == sample
+    assert tokenizer.eos_token == "<|im_end|>"
     assert "<|im_start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
 
 

