@@ -1,6 +1,6 @@
 """Compiles every kernel for a GPU that is not here, as the operators would launch it, and prints what came out as JSON.
 
-    python tests/ops/compilations.py CAPABILITY OPERATOR...        (attend, latent, score, select, align, codec)
+    python tests/ops/compilations.py CAPABILITY OPERATOR...        (attend, latent, hopper, score, select, align, codec)
 
 Kernels must not be interpreted here, so this is a program of its own: TRITON_INTERPRET may not be set.
 """
@@ -61,6 +61,15 @@ def latent(capability: int) -> Iterator[Call]:
     shape = 128, 1, 576, 512
     yield from named(shape, attention(shape, 64, 1))
     yield from named(shape, ((f"{name}, decode", call) for name, call in attention(shape, 1, 132) if "backward" not in name))
+
+
+def hopper(capability: int) -> Iterator[Call]:
+    """MLA in Gluon: a query's heads fill the rows of a program, or neighbours share a union."""
+    kernels, unions = import_module("skim.ops.attend.hopper"), import_module("skim.ops.attend.union")
+    for H, D in ((128, 576), (64, 512), (100, 576), (16, 576)):
+        sink = empty(H, dtype=torch.float32) if H == 16 else None
+        call = partial(kernels.attend, empty(1, 64, H, D), empty(1, 4096, 1, D), None, zeros(1, 64, 1, 512), 512, 0.1, sink, 64)
+        yield f"{H}/1 {D} attend", mock.patch.object(unions, "processors", lambda device: 132)(call)
 
 
 def named(shape: tuple[int, int, int, int], calls: Iterable[Call]) -> Iterator[Call]:
@@ -135,7 +144,7 @@ def main(capability: int, operators: list[str]) -> None:
         for kernel in found:
             mode = MODES[kernel.constants["MODE"]] if "MODE" in kernel.constants else None
             row = {"call": name, "kernel": kernel.name if mode is None else f"{kernel.name} {mode}", "matrix_unit": kernel.matrix_unit}
-            rows.append(row | {field: getattr(kernel, field) for field in ("registers", "spilled", "shared", "warps")})
+            rows.append(row | {field: getattr(kernel, field) for field in ("registers", "spilled", "shared", "warps", "products")})
     print(json.dumps(rows))
 
 

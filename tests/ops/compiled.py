@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,11 @@ class Compiled:
     def matrix_unit(self) -> str | None:
         """Which instructions of the matrix units it has: a warp group's, which read shared memory, or a warp's."""
         return next((name for name in ("wgmma", "mma.sync") if name in self.ptx), None)
+
+    @property
+    def products(self) -> dict[str, int]:
+        """How many instructions it has of each shape of a warp group's matrix product."""
+        return dict(Counter(re.findall(r"wgmma\.mma_async\S*\.(m64n\d+k\d+)", self.ptx)))
 
 
 class _Driver:

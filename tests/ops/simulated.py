@@ -215,6 +215,10 @@ NAMES = {
 }
 
 
+def _pointer(x: Tensor) -> Pointer:
+    return Pointer(torch.empty(0, dtype=x.dtype).set_(x.detach().untyped_storage()), torch.tensor(x.storage_offset()))
+
+
 def _python(kernel: JITFunction, globals_: dict[str, Any]) -> FunctionType:
     return FunctionType(kernel.fn.__code__, globals_, kernel.fn.__name__)
 
@@ -234,7 +238,7 @@ class Simulated:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            memory = [Pointer(x.view(-1), torch.tensor(0)) if isinstance(x, Tensor) else x for x in args]
+            memory = [_pointer(x) if isinstance(x, Tensor) else x for x in args]
             here.programs = grid[0]
             for here.program in range(grid[0]):
                 self.kernel(*memory)

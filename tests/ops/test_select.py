@@ -370,6 +370,11 @@ def test_mass_narrows_rows_that_see_no_more_than_the_budget_but_not_below_the_le
     selection.check(4)
 
 
+def test_mass_takes_minus_zero_for_plus_zero():
+    k = torch.zeros(1, 8, 4, dtype=torch.float8_e4m3fn), torch.tensor([[1.0, -1, 1, -1, 1, -1, 1, -1]])
+    assert rows_of(select(torch.ones(1, 1, 1, 4), k, torch.ones(1, 1, 1), 6, mass=0.3, **everything(8))) == [[5, 6, 7]]
+
+
 def test_shares_that_are_no_numbers_narrow_nothing():
     nan = math.nan
     assert pick(torch.tensor([9.0, nan, 0.0, 1.0]), 3, mass=0.1) == [0, 2, 3]
@@ -410,6 +415,17 @@ def test_mass_selects_the_same_for_any_chunk_batch_and_split():
         assert same(select(q, k, weights, 300, workspace_mb=workspace_mb, **options), whole)
     with deterministic(), torch.autocast("cpu", torch.bfloat16):
         assert same(select(q, k, weights, 300, **options), whole)
+
+
+def test_the_lse_has_the_same_bits_for_any_chunk_and_split():
+    q, k, weights = index_inputs(2, 70, 1300, 5, 24)
+    start, end = (x.expand(2, 70) for x in visible(1300, 70))
+    whole = select(q, k, weights, 9, with_scores=True)[1]
+    for step in (1, 16, 23):
+        rows = [slice(first, first + step) for first in range(0, 70, step)]
+        parts = [select(q[:, r], k, weights[:, r], 9, start=start[:, r], end=end[:, r], with_scores=True)[1] for r in rows]
+        assert torch.equal(torch.cat(parts, 1), whole)
+    assert torch.equal(select(q, k, weights, 9, with_scores=True, workspace_mb=1)[1], whole)
 
 
 def test_mass_with_R_selections_and_fp8():

@@ -59,7 +59,10 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
     for name, x in (("q", q), ("k", k)):
         if x.stride(-1) != 1 or x.data_ptr() % 16 or any(stride % 16 for stride, size in zip(x.stride()[:-1], x.shape) if size > 1):
             return f"it copies 16 bytes at a time, and rows of {name} don't begin at multiples of 16 channels"
-    if 2 * _plan(H).programs(B, T) < processors(q.device):
+    plan = _plan(H)
+    if plan.TILE > T:
+        return f"{plan.TILE} neighbouring queries of {H} heads share a program, and there are {T}"
+    if 2 * plan.programs(B, T) < processors(q.device):
         return "it doesn't split a selection, and programs for so few queries leave most of the GPU idle"
     return None
 
@@ -82,7 +85,7 @@ def _plan(H: int) -> _Plan:
 
 @gluon.jit
 def _row(first_query, first_head, T, H: gl.constexpr, BLOCK_H: gl.constexpr, layout: gl.constexpr):
-    """Of each matrix row: which query of the tile it is, its number in `[T, H]`, and whether there is such a row."""
+    """Of each matrix row: query within the tile, query, head, and whether there is such a row."""
     row = gl.arange(0, ROWS, layout)
     i = row // BLOCK_H
     t, head = first_query + i, first_head + row % BLOCK_H
@@ -297,11 +300,17 @@ def attend(
     return out, lse
 
 
+def _strides(x: Tensor, axes: int) -> tuple[int, ...]:
+    """Of the first axes; 0 for an axis of one, whose stride may be no multiple of 16."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:axes], x.stride()))
+
+
 def _launch(
     q: Tensor, k: Tensor, sink: Tensor | None, out: Tensor, lse: Tensor, scale: float, plan: _Plan, tiles: int, first: int, *reads: Tensor
 ) -> None:
     T, H, D = q.shape[1:]
     forward[(tiles * plan.blocks,)](
         q, k, out, lse, None if sink is None else sink.contiguous(), *reads, first, scale * LOG2E.value, T, k.shape[1], reads[0].shape[-1],
-        *q.stride()[:3], *k.stride()[:2], H, D - VALUES.value, plan.TILE, plan.BLOCK_H, plan.blocks, sink is not None, *REGISTERS, num_warps=4,
+        *_strides(q, 3), *_strides(k, 2), H, D - VALUES.value, plan.TILE, plan.BLOCK_H, plan.blocks, sink is not None, *REGISTERS,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -1,0 +1,149 @@
+"""The Gluon kernels against the reference: simulated on a CPU, or on an sm_90 GPU where there is one; and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import normal, random_indices
+from torch import Tensor
+
+import skim
+
+kernels = pytest.importorskip("skim.ops.attend.hopper", reason="Triton is not installed, or has no Gluon")
+
+from simulated import Simulated  # noqa: E402
+
+from skim.ops import dispatch  # noqa: E402
+
+REAL = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+DEVICE = "cuda" if REAL else "cpu"
+T = 320 if REAL else 7  # on a card as many programs as it wants
+
+
+@pytest.fixture(autouse=True)
+def simulated_without_a_card(monkeypatch: pytest.MonkeyPatch):
+    if not REAL:
+        dispatch._module.cache_clear()
+        monkeypatch.setattr(dispatch, "_without_hopper", lambda device_type, index: None)
+        monkeypatch.setattr(kernels, "forward", Simulated(kernels.forward))
+    yield
+    dispatch._module.cache_clear()
+
+
+def latents(B: int, H: int, D: int, S: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    return normal(B, T, H, D, seed=1).to(DEVICE, dtype), normal(B, S, 1, D, seed=2).to(DEVICE, dtype)
+
+
+def attend(q: Tensor, k: Tensor, indices: Tensor, impl: str = "hopper", **options: object) -> tuple[Tensor, Tensor]:
+    return skim.attend(q, k, indices=indices.to(q.device), v_channels=512, scale=0.05, impl=impl, **options)
+
+
+def check(q: Tensor, k: Tensor, indices: Tensor, sink: Tensor | None = None, **options: Tensor) -> None:
+    """out and lse within bf16's rounding of the reference in float64."""
+    found = attend(q, k, indices, sink=sink, **options)
+    last = None if sink is None else sink.cpu().double()
+    wanted = attend(q.cpu().double(), k.cpu().double(), indices, "reference", sink=last, **{name: x.cpu() for name, x in options.items()})
+    assert found[0].dtype == q.dtype and found[1].dtype == torch.float32
+    for a, b, tolerance in zip(found, wanted, (3e-3, 1e-6)):
+        a, finite = a.cpu().double(), b.isfinite()
+        assert torch.equal(a.isfinite(), finite) and torch.equal(a[~finite], b[~finite])
+        assert float((a[finite] - b[finite]).norm()) <= tolerance * float(b[finite].norm())
+
+
+@pytest.mark.parametrize(("H", "D"), [(128, 576), (128, 512), (100, 576), (64, 576), (32, 576), (17, 512), (4, 576)])
+def test_any_number_of_heads(H: int, D: int) -> None:
+    check(*latents(2, H, D, 300), random_indices(2, T, 1, 150, 300))
+
+
+@pytest.mark.parametrize("K", (1, 63, 64, 65, 129, 300))
+def test_any_budget(K: int) -> None:
+    check(*latents(1, 64, 576, 310), random_indices(1, T, 1, K, 310, holes=K > 1))
+
+
+@pytest.mark.parametrize("H", (64, 16))
+@pytest.mark.parametrize("value", (0.0, 3.0, -torch.inf, torch.inf))
+def test_sinks(H: int, value: float) -> None:
+    sink = normal(H, seed=4).to(DEVICE) + value
+    check(*latents(1, H, 576, 300), random_indices(1, T, 1, 100, 300), sink)
+
+
+def test_counts() -> None:
+    q, k = latents(1, 64, 576, 300)
+    counts = torch.randint(0, 101, (1, T, 1), dtype=torch.int32)
+    check(q, k, random_indices(1, T, 1, 100, 300, holes=False), counts=counts.to(DEVICE))
+
+
+def test_float16() -> None:
+    check(*latents(1, 64, 576, 300, torch.float16), random_indices(1, T, 1, 100, 300))
+
+
+def test_strided_inputs() -> None:
+    q = normal(1, 64, T, 592, seed=1).to(DEVICE, torch.bfloat16)[..., 16:].transpose(1, 2)
+    k = normal(2, 300, 1, 1024, seed=2).to(DEVICE, torch.bfloat16)[1:, :, :, :576]
+    check(q, k, random_indices(1, T, 1, 100, 300))
+
+
+@pytest.mark.parametrize("H", (64, 16))
+def test_unread_keys_may_hold_nan(H: int) -> None:
+    q, k = latents(1, H, 576, 300)
+    indices = random_indices(1, T, 1, 100, 289)
+    indices = torch.where(indices >= 0, indices + 1, -1)  # the first key, which stands in for none, is not read either
+    clean = attend(q, k, indices)
+    read = torch.zeros(300, dtype=torch.bool)
+    read[indices[indices >= 0].long()] = True
+    k[:, ~read.to(DEVICE)] = torch.nan
+    for a, b in zip(clean, attend(q, k, indices)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("H", (64, 16))
+def test_indices_beyond_the_keys_are_none(H: int) -> None:
+    q, k = latents(1, H, 576, 300)
+    indices = random_indices(1, T, 1, 100, 300)
+    beyond = torch.where(indices < 0, 300, indices)
+    for a, b in zip(attend(q, k, indices), attend(q, k, beyond)):
+        assert torch.equal(a, b)
+
+
+def test_nothing_selected_gives_zero_and_minus_infinity() -> None:
+    q, k = latents(1, 16, 576, 30)
+    k[:] = torch.nan
+    out, lse = attend(q, k, torch.full((1, T, 1, 70), -1, dtype=torch.int32))
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_very_low_scores() -> None:
+    q, k = latents(1, 64, 576, 300)
+    k[..., :] = -1000 * q[:, :1, :1]  # every score of the first query's first head is about -2 million
+    check(q, k, random_indices(1, T, 1, 100, 300))
+
+
+def test_gradients_come_from_another_implementation() -> None:
+    q, k = (x.requires_grad_() for x in latents(1, 64, 576, 100))
+    indices = random_indices(1, T, 1, 30, 100).to(DEVICE)
+    out, lse = skim.attend(q, k, indices=indices, v_channels=512, impl="auto" if REAL else "hopper")
+    if REAL:
+        assert all(x.isfinite().all() for x in torch.autograd.grad(out.float().sum() + lse[lse.isfinite()].sum(), (q, k)))
+    with pytest.raises(ValueError, match=r"impl: 'hopper' cannot run attend \(attend_backward\) on .*: hopper has the forward of attend only"):
+        skim.attend(q, k, indices=indices, v_channels=512, impl="hopper")[0].sum().backward()
+
+
+def refusal(q: Tensor, k: Tensor, *, v: Tensor | None = None, V: int = 512, scale: float = 0.1) -> str | None:
+    return kernels.refusal("attend", (q, k, v, None, V, scale, None, 32))
+
+
+def test_what_it_takes_and_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = latents(1, 64, 576, 30)
+    assert refusal(q, k) is None
+    assert "float32" in refusal(q.float(), k.float())
+    for inputs in ({"V": 448}, {"v": k, "V": 576}):
+        assert "latents" in refusal(q, k, **inputs)
+    assert "latents" in refusal(q, k.expand(-1, -1, 2, -1))
+    assert "latents" in refusal(q[..., :320], k[..., :320])
+    assert "scale is not positive" in refusal(q, k, scale=-1.0)
+    assert "rows of k don't begin" in refusal(q, torch.zeros(1, 30, 1, 580, dtype=q.dtype, device=q.device)[..., :576])
+    assert "rows of q don't begin" in refusal(torch.zeros(1, T, 64, 592, dtype=q.dtype, device=q.device)[..., 1:577], k)
+    assert "4 neighbouring queries of 16 heads share a program, and there are 3" in refusal(q[:, :3, :16], k)
+    monkeypatch.setattr(kernels, "processors", lambda device: 10_000)
+    assert "leave most of the GPU idle" in refusal(q, k)
+    assert kernels.refusal("attend_dense", ()) == kernels.refusal("attend_backward", ()) == "hopper has the forward of attend only"
