@@ -16,6 +16,12 @@ from skim import Config
         ({"budget": 0}, "budget: expected an int >= 1, got 0"),
         ({"budget": 1.5}, "budget: expected an int >= 1, got 1.5"),
         ({"budget": "512"}, "budget: expected an int >= 1, got '512'"),
+        ({"mass": 0.0}, "mass: expected None or a number above 0 and at most 1, got 0.0"),
+        ({"mass": 1.5}, "mass: expected None or a number above 0 and at most 1, got 1.5"),
+        ({"mass": "most"}, "mass: expected None or a number above 0 and at most 1, got 'most'"),
+        ({"mass": True}, "mass: expected None or a number above 0 and at most 1, got True"),
+        ({"min_budget": 0}, r"min_budget: expected an int from 1 to budget \(512\), got 0"),
+        ({"min_budget": 9, "budget": 8}, r"min_budget: expected an int from 1 to budget \(8\), got 9"),
         ({"index_n_heads": 0}, "index_n_heads: expected an int >= 1"),
         ({"index_head_dim": -1}, "index_head_dim: expected an int >= 1"),
         ({"keep_first": -1}, "keep_first: expected an int >= 0, got -1"),
@@ -53,6 +59,7 @@ def test_an_unknown_field_is_refused_by_name():
         Config(budget=2048, index_n_heads=64, index_head_dim=128, rope_dim=64, score_dtype="fp8"),
         Config(budget=16, rope_layout="interleaved", pattern="FSRRR", keep_first=4, keep_recent=12, workspace_mb=64),
         Config(pattern=["F", "S", "R"]),
+        Config(budget=64, mass=0.9, min_budget=16),
     ],
 )
 def test_json_gives_the_same_config_back(config):
@@ -89,3 +96,8 @@ def test_a_config_does_not_change():
     assert config.pattern == ("S", "F"), "a list is taken as it is now"
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.budget = 3
+
+
+def test_the_fewest_keys_that_are_read_are_the_budget_unless_it_adapts():
+    assert Config(budget=64).fewest == 64 and Config(budget=64, min_budget=16).fewest == 64
+    assert Config(budget=64, mass=0.9, min_budget=16).fewest == 16

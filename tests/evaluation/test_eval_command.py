@@ -70,6 +70,27 @@ def test_eval_by_domain_with_intervals_several_budgets_and_a_plot(monkeypatch, c
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_eval_of_adaptive_budgets_and_against_another_model(monkeypatch, capsys, tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    model, adapter = tiny
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"text": f"{letter} {SENTENCE * 4}"}) + "\n" for letter in "abc"))
+    wanted = ("--text", str(chats), "--tokens", "96", "--windows", "3", "--budget", "8", "--pattern", "dense", "--pattern", "dsa", "--against", model)
+    outputs = ("--json", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png"))
+    masses = ("--mass", "0.5", "--mass", "0.8", "--min-budget", "2")
+    assert run(monkeypatch, "eval", model, "--adapter", adapter, *wanted, *masses, *outputs) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "adaptive budget of 2 to 32 keys" in printed and "the same most probable next token" in printed
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert [one["document"] for one in result["windows"]] == [f"{chats}:{number}" for number in (1, 2, 3)]
+    for one, mass in zip(result["adaptive"], (0.5, 0.8), strict=True):
+        assert one["budget"] == {"mass": mass, "min_budget": 2, "budget": 32}
+        assert 0 <= one["fixed"]["keys_per_query"] - one["adaptive"]["keys_per_query"] < 1
+        assert one["over_fixed"]["mean"] == pytest.approx(sum(one["adaptive"]["nll"]) / 3 - sum(one["fixed"]["nll"]) / 3)
+    dense, dsa = result["agreement"]["rows"]
+    assert (dense["pattern"], dense["top1"], dsa["budget"]) == ("dense", 1, 8) and 0 <= dense["kl"] < 1e-6 < dsa["kl"] and len(dsa["kl_by_row"]) == 3
+
+
 def test_eval_of_tasks_reads_no_other_text(monkeypatch, capsys, tiny, tmp_path):
     model, adapter = tiny
     tasks = ("--tasks", "passkey,multikey", "--lengths", "500,600", "--depths", "2", "--samples", "1", "--seed", "3")
@@ -89,6 +110,8 @@ def test_eval_says_what_is_wrong(monkeypatch, capsys, tiny, tmp_path):
     (tmp_path / "short" / "a.txt").write_text("too short")
     for arguments, said in (
         (("--tasks", "poetry"), "tasks: expected some of passkey"),
+        (("--mass", "1.5"), "mass: expected None or a number above 0 and at most 1, got 1.5"),
+        (("--mass", "0.5", "--min-budget", "2000"), "min_budget: expected an int from 1 to budget (1024), got 2000"),
         (("--tasks", "all", "--lengths", "2k"), "lengths: expected numbers of tokens such as 2048,4096, got '2k'"),
         (("--tasks", "passkey", "--lengths", "64"), "lengths: expected at least"),
         (("--text", str(tmp_path / "short")), "of at least 4096 tokens in"),

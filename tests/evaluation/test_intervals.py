@@ -36,6 +36,28 @@ def test_the_t_interval_holds_the_truth_in_95_of_100_cases():
     assert sum(held) / len(held) == pytest.approx(0.95, abs=0.015)
 
 
+def test_windows_of_one_document_count_together():
+    # differences 1, 3 in a, 2 in b, 6 in c: mean 3, sums of deviations -2, -1, 3, error sqrt(14 * 3 / 2) / 4
+    found = paired_t([1.0, 3.0, 2.0, 6.0], [0.0] * 4, ["a", "a", "b", "c"])
+    half = 4.3027 * math.sqrt(14 * 3 / 2) / 4
+    assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3 - half, 3 + half), rel=1e-4)
+    assert paired_t([1.0, 3.0, 2.0, 6.0], [0.0] * 4, ["a", "b", "c", "d"]) == paired_t([1.0, 3.0, 2.0, 6.0], [0.0] * 4)
+
+
+def test_too_few_documents_leave_the_windows_to_themselves():
+    assert paired_t([1.0, 3.0, 2.0, 6.0], [0.0] * 4, ["a", "a", "b", "b"]) == paired_t([1.0, 3.0, 2.0, 6.0], [0.0] * 4)
+
+
+def test_an_interval_over_documents_holds_the_truth_where_one_over_windows_does_not():
+    draws = torch.randn(2000, 6, 1) + 0.5 * torch.randn(2000, 6, 4) + 1.0
+    names = [document for document in "abcdef" for _ in range(4)]
+    held = {}
+    for documents in (None, names):
+        found = [paired_t(row, [0.0] * 24, documents) for row in draws.flatten(1).tolist()]
+        held[documents is None] = sum(one.low < 1.0 < one.high for one in found) / len(found)
+    assert held[False] == pytest.approx(0.95, abs=0.02) and held[True] < 0.8
+
+
 def test_shares_that_never_differ_still_have_an_interval():
     found = paired_shares([True] * 20, [True] * 20)
     assert found.mean == 0 and -0.15 < found.low < 0 < found.high < 0.15

@@ -9,7 +9,7 @@ import torch
 from tiny_model import converted
 
 import skim
-from skim.evaluation import PATTERNS, TASKS, plot, prompts, retrieve, show
+from skim.evaluation import PATTERNS, TASKS, Adaptive, plot, prompts, retrieve, show
 from skim.evaluation import retrieval as module
 
 DIGITS = re.compile(r"\d{5}")
@@ -79,6 +79,41 @@ def test_the_filler_is_whole_sentences_wherever_something_is_hidden():
     assert re.search(
         r"(three|five|Six)[.?] The pass key is the number \d{5}\. Remember it: the pass key is the number \d{5}\. (One|Four|Six)", before
     )
+
+
+def numbers_of(prompt) -> tuple[list[float], int]:
+    """Where the numbers stand (0 the beginning of the text, 1 its end), and which of them the answer begins with."""
+    before, answer = parts(prompt)
+    body = before[before.index(".") : before.rindex("\n\n")]
+    found = [(match.start() / len(body), match.group()) for match in DIGITS.finditer(body)]
+    return [place for place, _ in found], [number for _, number in found].index(DIGITS.findall(answer)[0])
+
+
+@pytest.mark.parametrize("task", ["multikey", "multivalue", "tracking"])
+def test_all_numbers_stand_in_the_tenth_of_the_text_at_the_depth(task):
+    for prompt in prompts(LETTERS, task, 8000, depths=3, samples=4):
+        places, _ = numbers_of(prompt)
+        low = 0.9 * prompt.depth
+        assert len(places) == 4 and low - 0.05 < min(places) <= max(places) < low + 0.15
+
+
+@pytest.mark.parametrize("task", ["multikey", "tracking"])
+def test_the_answer_is_as_often_any_of_the_numbers_at_every_depth(task):
+    made = prompts(LETTERS, task, 1500, depths=3, samples=160)
+    for depth in (0.0, 0.5, 1.0):
+        answers = [numbers_of(prompt)[1] for prompt in made if prompt.depth == depth]
+        assert all(abs(answers.count(i) / len(answers) - 0.25) < 0.11 for i in range(4)), (depth, answers)  # three standard errors
+
+
+def test_the_last_variables_of_the_chains_say_nothing_about_the_answer_either():
+    ranks = []
+    for prompt in prompts(LETTERS, "tracking", 1500, depths=3, samples=60):
+        before, _ = parts(prompt)
+        given = re.findall(r"The value of ([A-Z]{2}) is ([^.]+)\.", before)
+        used = {value[-2:] for _, value in given}
+        ends = [variable for variable, _ in given if variable not in used]
+        ranks.append(ends.index(re.findall(r"As a number, the value of ([A-Z]{2}) is$", before)[0]))
+    assert all(abs(ranks.count(i) / len(ranks) - 0.25) < 0.1 for i in range(4))
 
 
 def test_one_of_several_keys_is_asked_for():
@@ -170,10 +205,19 @@ def test_each_pattern_answers_the_same_prompts_once(model):
         assert row.prompts == 4 and row.log_prob_over_dense.mean == pytest.approx(row.log_prob - dense.log_prob)
 
 
+def test_an_adaptive_budget_is_asked_of_dsa_alone(model):
+    tight, loose = Adaptive(0.2, 1, 64), Adaptive(0.9, 1, 64)
+    rows = list(retrieve(model, LETTERS, [16, tight, loose], ["dense", "dsa", "sinks"], ["passkey"], [300], depths=1, samples=2))
+    assert [(row.pattern, row.budget) for row in rows] == [("dense", None), ("dsa", 16), ("sinks", 16), ("dsa", tight), ("dsa", loose)]
+    keys = [row.keys_per_query for row in rows]
+    assert keys[0] == 150.5 and keys[1] == keys[2] == (300 * 16 - 16 * 15 / 2) / 300 and keys[3] < keys[4] <= 64
+    assert rows[3].to_dict()["budget"] == {"mass": 0.2, "min_budget": 1, "budget": 64}
+
+
 def test_a_task_that_dense_can_do_counts_and_is_drawn(monkeypatch, tmp_path, capsys):
     def half_forgets(model, prompt, pattern, budget):
         solved = pattern == "dense" or (pattern == "dsa" and prompt.depth > 0) or prompt.task == "tracking"
-        return module.Answer(solved and not (pattern == "dense" and prompt.task == "tracking"), -1.0 if solved else -9.0)
+        return module.Answer(solved and not (pattern == "dense" and prompt.task == "tracking"), -1.0 if solved else -9.0, budget or 1500.0)
 
     monkeypatch.setattr(module, "read", half_forgets)
     rows = list(retrieve(None, LETTERS, [8, 16], PATTERNS[:3], ["passkey", "tracking"], [1500], depths=2, samples=10))
@@ -186,9 +230,9 @@ def test_a_task_that_dense_can_do_counts_and_is_drawn(monkeypatch, tmp_path, cap
 
     Console(width=200).print(show.retrieval(rows))
     lines = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
-    counts = {(line[1], line[2], line[4]): line[9] for line in lines if len(line) > 9}
+    counts = {(line[1], line[2], line[4]): line[10] for line in lines if len(line) > 10}
     assert counts["tracking", "dsa", "8"] == "no" and counts["passkey", "dsa", "8"] == "yes"
-    assert any(line[6].startswith("-50% [") for line in lines if len(line) > 9)
+    assert any(line[7].startswith("-50% [") for line in lines if len(line) > 10)
     pytest.importorskip("matplotlib")
     plot(tmp_path / "x.png", {}, rows)
     assert (tmp_path / "x.png").stat().st_size > 1000 and math.isfinite(dsa.log_prob)

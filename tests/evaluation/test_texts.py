@@ -66,6 +66,33 @@ def test_a_folders_files_give_their_windows_in_turn(tmp_path):
         windows(letters, [str(tmp_path)], 30)
 
 
+def test_a_window_knows_its_document(tmp_path):
+    for name, content in {"a.txt": "aaaAAA", "b.txt": "bbb"}.items():
+        (tmp_path / name).write_text(content)
+    found = windows(letters, [str(tmp_path), str(tmp_path / "b.txt")], 3, 3)
+    assert [window.document for window in found] == [str(tmp_path / name) for name in ("a.txt", "b.txt", "a.txt", "b.txt")]
+
+
+class Chatting:
+    """A tokenizer of letters with a chat template."""
+
+    def __call__(self, text, **_):
+        return letters(text)
+
+    def apply_chat_template(self, messages, tokenize):
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+
+def test_a_line_is_a_document(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"text": "abcdef"}\n\n{"messages": [{"role": "user", "content": "hi"}]}\n{"text": "never read"}\n')
+    found = windows(Chatting(), [str(file)], 5, 2)
+    assert written(found) == ["abcde", "<user"] and [window.document for window in found] == [f"{file}:1", f"{file}:3"]
+    file.write_text('{"text": "abcdef"}\n{"title": "x"}\n')
+    with pytest.raises(ValueError, match=r'text: expected "text" or "messages" in line 2 of .*title'):
+        windows(Chatting(), [str(file)], 5, 2)
+
+
 def test_each_source_is_a_domain(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name * 8)

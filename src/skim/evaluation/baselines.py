@@ -112,8 +112,9 @@ def random(budget: int, seed: int = 0) -> Selector:
     """The token itself and others by lot, anew in each layer."""
 
     def score(inputs: LayerInputs, b: int, rows: slice, start: Tensor, end: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(hash((seed, inputs.layer, b, rows.start)) & 0xFFFFFFFF)
-        lot = torch.rand(rows.stop - rows.start, inputs.k.shape[1], generator=generator).to(inputs.q.device)
+        device = inputs.q.device
+        generator = torch.Generator(device).manual_seed(hash((seed, inputs.layer, b, rows.start)) & 0xFFFFFFFF)
+        lot = torch.rand(rows.stop - rows.start, inputs.k.shape[1], generator=generator, device=device)
         return lot.scatter_(1, (end[b, rows, None] - 1).clamp(min=0).long(), torch.inf)
 
     return _ranked(score, budget)

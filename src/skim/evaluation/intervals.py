@@ -1,11 +1,12 @@
-"""95 % confidence intervals of paired differences: two ways of reading, measured on the same windows or prompts."""
+"""95 % confidence intervals of paired differences: two ways of reading, measured on the same windows, rows or prompts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 
+DOCUMENTS = 3  # fewer say next to nothing about how they differ
 Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 
@@ -21,8 +22,15 @@ class Interval:
         return asdict(self)
 
 
-def paired_t(values: Sequence[float], reference: Sequence[float]) -> Interval:
-    """Mean of `values - reference`, Student's t over the pairs.
+def paired_t(values: Sequence[float], reference: Sequence[float], documents: Sequence[Hashable] | None = None) -> Interval:
+    """Mean of `values - reference`, Student's t over the pairs, or over the documents that they are from.
+
+    Windows of one document are alike, so as many independent ones would say more. The error is the cluster-robust one of
+    a mean (Liang and Zeger, Biometrika 73, 1986), which with one pair in each document is the usual one.
+
+    Args:
+        values, reference: a figure for each pair.
+        documents: the document of each pair. None, or fewer than `DOCUMENTS` of them, takes every pair as independent.
 
     Raises:
         ValueError: no pairs, or not as many of one as of the other.
@@ -30,11 +38,20 @@ def paired_t(values: Sequence[float], reference: Sequence[float]) -> Interval:
     differences = _differences(values, reference)
     n = len(differences)
     mean = math.fsum(differences) / n
-    if n == 1:
+    deviations: dict[Hashable, list[float]] = {}
+    for key, difference in zip(clusters(range(n) if documents is None else documents), differences, strict=True):
+        deviations.setdefault(key, []).append(difference - mean)
+    groups = len(deviations)
+    if groups == 1:
         return Interval(mean, None, None)
-    error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    half = t_quantile(n - 1) * error
+    error = math.sqrt(math.fsum(math.fsum(group) ** 2 for group in deviations.values()) * groups / (groups - 1)) / n
+    half = t_quantile(groups - 1) * error
     return Interval(mean, mean - half, mean + half)
+
+
+def clusters(documents: Sequence[Hashable]) -> Sequence[Hashable]:
+    """What an interval takes as independent: the documents if there are enough of them, otherwise each pair for itself."""
+    return documents if len(set(documents)) >= DOCUMENTS else range(len(documents))
 
 
 def paired_shares(hits: Sequence[bool], reference: Sequence[bool]) -> Interval:

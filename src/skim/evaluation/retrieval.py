@@ -5,6 +5,9 @@
     multivalue  four numbers under one name; all are asked for, in the order of the text
     tracking    four variables get numbers and two more each get the value of the one before; the last of a chain is asked for
 
+All four numbers stand in one stretch of the text, a tenth of it, each at a place by lot: where a number stands says nothing
+about whether it is the one. The later variables of a chain stand anywhere behind its number.
+
 A prompt is as many tokens long as asked for, with the answer behind it, and is read once. It counts as solved if each
 answer token is the most probable one given those before it, which is when greedy decoding writes the answer.
 """
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from skim.evaluation.intervals import Interval, paired_shares, paired_t
-from skim.evaluation.table import PATTERNS, check_patterns, selector_of
+from skim.evaluation.table import PATTERNS, Budget, Counter, Read, reads_of, selector_of, settings
 from skim.huggingface import use
 
 TASKS = ("passkey", "multikey", "multivalue", "tracking")
@@ -35,6 +38,7 @@ NAMES = (
 )
 # fmt: on
 NEEDLES = 4
+STRETCH = 0.1  # of the text
 HOPS = 2
 
 
@@ -44,7 +48,7 @@ class Prompt:
 
     Attributes:
         task: one of `TASKS`.
-        depth: where in the text what is asked for stands (where it first stands), 0 the beginning, 1 the end.
+        depth: where in the text the numbers stand: 0 its beginning (the first tenth), 1 its end (the last).
         tokens: `[1, T]`, the answer at the end.
         answer: how many tokens the answer has.
     """
@@ -57,10 +61,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """How a pattern did on a prompt: whether it is solved, and the answer's log-probability."""
+    """How a pattern did on a prompt: whether it is solved, the answer's log-probability, and the keys that a query read on average."""
 
     solved: bool
     log_prob: float
+    keys: float
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,8 @@ class Retrieval:
     Attributes:
         task, length: what was asked, in how many tokens.
         pattern: dense, dsa, window, sinks, blocks, random or oracle.
-        budget: keys for each query; None for dense.
+        budget: keys for each query, an `Adaptive` budget, or None for dense.
+        keys_per_query: keys that a query reads, mean over queries and layers, then over prompts.
         prompts: how many.
         exact: share of them solved.
         log_prob: mean log-probability of the answer.
@@ -82,7 +88,8 @@ class Retrieval:
     task: str
     length: int
     pattern: str
-    budget: int | None
+    budget: Budget | None
+    keys_per_query: float
     prompts: int
     exact: float
     log_prob: float
@@ -98,7 +105,7 @@ class Retrieval:
 def retrieve(
     model: Any,
     tokenizer: Any,
-    budgets: Sequence[int],
+    budgets: Sequence[Budget],
     patterns: Sequence[str] = PATTERNS,
     tasks: Sequence[str] = TASKS,
     lengths: Sequence[int] = (2048,),
@@ -114,7 +121,7 @@ def retrieve(
     Args:
         model: a model with trained indexers (`skim.load`).
         tokenizer: its tokenizer.
-        budgets: keys for each query.
+        budgets: keys for each query; at an `Adaptive` budget DSA alone is asked.
         patterns: which of `PATTERNS`; without dense nothing is compared.
         tasks: which of `TASKS`.
         lengths: tokens of a prompt with its answer.
@@ -127,13 +134,12 @@ def retrieve(
     Raises:
         ValueError: an unknown pattern or task, or a length with no room for the needles.
     """
-    check_patterns(patterns)
-    reads = list(dict.fromkeys((name, None if name == "dense" else budget) for budget in budgets for name in patterns))
+    reads = reads_of(budgets, patterns)
     choices: dict[str, Any] = {"depths": depths, "samples": samples, "seed": seed, "filler": filler}
     asked = [(task, length, prompts(tokenizer, task, length, **choices)) for task in tasks for length in lengths]
     done, total = 0, len(reads) * sum(len(of) for _, _, of in asked)
     for task, length, of in asked:
-        answers: dict[tuple[str, int | None], list[Answer]] = {read: [] for read in reads}
+        answers: dict[Read, list[Answer]] = {read: [] for read in reads}
         for prompt in of:
             for name, budget in reads:
                 answers[name, budget].append(read(model, prompt, name, budget))
@@ -204,43 +210,42 @@ def _ask(task: str, depth: float, rng: random.Random) -> tuple[str, list[tuple[f
         hidden = [(depth, f"The pass key is the number {numbers[0]}. Remember it: the pass key is the number {numbers[0]}.")]
         opening = "Somewhere in this text a pass key is hidden. Find it and remember it."
         return opening, hidden, "What is the pass key? The pass key is the number", numbers[0]
+    places = [depth * (1 - STRETCH) + STRETCH * rng.random() for _ in range(NEEDLES)]
     if task == "multikey":
-        places = [depth, *(rng.random() for _ in range(NEEDLES - 1))]
         hidden = sorted((place, f"The code of the {name} is {number}.") for place, name, number in zip(places, names, numbers))
         opening = "In this text the codes of some things are hidden. Remember them."
         return opening, hidden, f"What is the code of the {names[0]}? The code of the {names[0]} is", numbers[0]
     if task == "multivalue":
-        places = sorted([depth, *(rng.random() for _ in range(NEEDLES - 1))])
-        hidden = [(place, f"One of the codes of the {names[0]} is {number}.") for place, number in zip(places, numbers)]
+        hidden = [(place, f"One of the codes of the {names[0]} is {number}.") for place, number in zip(sorted(places), numbers)]
         opening = f"In this text the {NEEDLES} codes of a thing are hidden. Remember them."
         return opening, hidden, f"What are the codes of the {names[0]}, in the order of the text? They are", ", ".join(numbers)
     variables = rng.sample([f"{a}{b}" for a in "ABCDEFGHJKLMNPQRSTUVWXYZ" for b in "ABCDEFGHJKLMNPQRSTUVWXYZ"], NEEDLES * (HOPS + 1))
     chains = [variables[i::NEEDLES] for i in range(NEEDLES)]
     hidden = []
-    for i, (chain, number) in enumerate(zip(chains, numbers)):
-        start = depth if i == 0 else rng.random()
-        places = [start, *sorted(start + (1 - start) * rng.random() for _ in range(HOPS))]
+    for start, chain, number in zip(places, chains, numbers):
+        along = [start, *sorted(start + (1 - start) * rng.random() for _ in range(HOPS))]
         values = [number, *(f"the value of {variable}" for variable in chain)]
-        hidden += [(place, f"The value of {variable} is {value}.") for place, variable, value in zip(places, chain, values)]
+        hidden += [(place, f"The value of {variable} is {value}.") for place, variable, value in zip(along, chain, values)]
     hidden.sort(key=lambda one: one[0])  # stable: a chain at the very end stays in its order
     opening = "In this text variables get values, some that of another variable. Keep track of them."
     return opening, hidden, f"Which number is the value of {chains[0][-1]}? As a number, the value of {chains[0][-1]} is", numbers[0]
 
 
 @torch.no_grad()
-def read(model: Any, prompt: Prompt, pattern: str, budget: int | None) -> Answer:
+def read(model: Any, prompt: Prompt, pattern: str, budget: Budget | None) -> Answer:
     """Read a prompt once and score its answer; `budget` None is for dense."""
     tokens, n = prompt.tokens.to(model.device), prompt.answer
     few = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    reading = use(model, mode="dense") if budget is None else use(model, mode="sparse", budget=budget, selector=selector_of(pattern, budget))
-    with reading:
+    counted = None if budget is None else Counter(selector_of(pattern, budget))
+    with use(model, mode="dense") if budget is None else use(model, mode="sparse", selector=counted, **settings(budget)):
         logits = model(tokens, use_cache=False, **few).logits[0, -n - 1 : -1].float()
     target = tokens[0, -n:]
     log_prob = logits.log_softmax(-1).gather(1, target[:, None]).double().sum()
-    return Answer(bool((logits.argmax(-1) == target).all()), float(log_prob))
+    keys = (tokens.shape[1] + 1) / 2 if counted is None else counted.mean()
+    return Answer(bool((logits.argmax(-1) == target).all()), float(log_prob), keys)
 
 
-def _summaries(task: str, length: int, of: list[Prompt], answers: dict[tuple[str, int | None], list[Answer]]) -> Iterator[Retrieval]:
+def _summaries(task: str, length: int, of: list[Prompt], answers: dict[Read, list[Answer]]) -> Iterator[Retrieval]:
     dense = answers.get(("dense", None))
     for (name, budget), own in answers.items():
         exact_over = log_prob_over = counts = None
@@ -253,5 +258,5 @@ def _summaries(task: str, length: int, of: list[Prompt], answers: dict[tuple[str
         for prompt, a in zip(of, own):
             at.setdefault(f"{prompt.depth:.2f}", []).append(a.solved)
         by_depth = {depth: sum(solved) / len(solved) for depth, solved in at.items()}
-        exact, log_prob = sum(a.solved for a in own) / len(own), sum(a.log_prob for a in own) / len(own)
-        yield Retrieval(task, length, name, budget, len(own), exact, log_prob, exact_over, log_prob_over, by_depth, counts)
+        keys, exact, log_prob = (sum(values) / len(own) for values in zip(*((a.keys, a.solved, a.log_prob) for a in own)))
+        yield Retrieval(task, length, name, budget, keys, len(own), exact, log_prob, exact_over, log_prob_over, by_depth, counts)

@@ -8,11 +8,16 @@ from typing import Any
 
 from rich.table import Table
 
-from skim.evaluation.intervals import Interval
-from skim.evaluation.quality import Quality
+from skim.evaluation.agreement import Agreement
+from skim.evaluation.intervals import DOCUMENTS, Interval
+from skim.evaluation.quality import Pair, Quality
 from skim.evaluation.retrieval import Retrieval
+from skim.evaluation.table import Adaptive
 
-QUALITY_INTERVAL = "95 %, Student's t over windows; differences of the mean negative log-likelihood to dense, paired by window"
+QUALITY_INTERVAL = (
+    f"95 %, Student's t over documents, whose windows count together, or over windows where there are fewer than {DOCUMENTS} documents; "
+    "differences of the mean negative log-likelihood to dense, paired by window"
+)
 RETRIEVAL_INTERVAL = "95 %, paired with dense by prompt: of exact matches after Agresti and Min, of log-probabilities Student's t"
 
 
@@ -24,10 +29,8 @@ def quality(budget: int, rows: Sequence[Quality], domains: Sequence[dict[str, An
         rows: what `summarise` gave over all windows.
         domains: for each its "text", "tokens" and, as dictionaries, the "rows" that `summarise` gave over its windows.
     """
-    windows = rows[0].windows
     about = f"{domains[0]['text']}, {domains[0]['tokens']} tokens" if len(domains) == 1 else f"{len(domains)} domains"
-    caption = f"Over dense: [95 % interval], Student's t over {windows} windows, paired" if windows > 1 else None
-    table = _table(f"{about}, budget {budget}", ["pattern"], caption)
+    table = _table(f"{about}, budget {budget}", ["pattern"], _caption("dense", rows[0]))
     for name in ("perplexity", "over dense", f"from {2 * budget:,} keys", "attention mass", "keys per query", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
@@ -55,20 +58,53 @@ def quality(budget: int, rows: Sequence[Quality], domains: Sequence[dict[str, An
         yield table
 
 
+def adaptive(pairs: Sequence[Pair]) -> Table:
+    """The table of adaptive budgets beside fixed ones under which as many keys are read on average."""
+    one = pairs[0]
+    title = f"adaptive budget of {one.budget.min_budget:,} to {one.budget.budget:,} keys, and the fixed one of equal keys"
+    table = _table(title, ["mass"], _caption("dense and over fixed", one.fixed))
+    for name in ("keys per query", "adaptive over dense", "budget", "fixed over dense", "adaptive over fixed"):
+        table.add_column(name, justify="right")
+    for one in pairs:
+        keys, fixed = f"{one.adaptive.keys_per_query:,.0f}", f"{one.fixed_budget:,}"
+        table.add_row(f"{one.budget.mass:g}", keys, _over(one.adaptive.over_dense), fixed, _over(one.fixed.over_dense), _over(one.over_fixed))
+    return table
+
+
+def agreement(reference: str, rows: Sequence[tuple[str, str, int | None, Agreement]]) -> Table:
+    """The table of text, pattern, budget and what `agreement` gave."""
+    table = _table(f"against {reference}", ["text", "pattern"], "KL(reference || model) in nats; the same most probable next token")
+    for name in ("budget", "KL", "same", "rows"):
+        table.add_column(name, justify="right")
+    for text, pattern, budget, found in rows:
+        figures = "-" if budget is None else f"{budget:,}", f"{found.kl:.4g}", f"{found.top1:.1%}", str(len(found.kl_by_row))
+        table.add_row(text, pattern, *figures, style=_style(pattern))
+    return table
+
+
 def retrieval(rows: Sequence[Retrieval]) -> Table:
     """The table of what `retrieve` gave."""
     caption = "Over dense: [95 % interval], paired by prompt. What dense itself finds in under 60 % doesn't count."
     table = _table("retrieval", ["task", "pattern"], caption)
-    for name in ("tokens", "budget", "found", "over dense", "log p", "prompts", "counts"):
+    for name in ("tokens", "budget", "keys", "found", "over dense", "log p", "prompts", "counts"):
         table.add_column(name, justify="right")
     for row in rows:
         over = row.exact_over_dense
         difference = "-" if over is None else f"{over.mean:+.0%} [{over.low:+.0%}, {over.high:+.0%}]"
-        budget = "-" if row.budget is None else f"{row.budget:,}"
+        budget = "-" if row.budget is None else f"mass {row.budget.mass:g}" if isinstance(row.budget, Adaptive) else f"{row.budget:,}"
         counts = "-" if row.counts is None else "yes" if row.counts else "no"
-        figures = f"{row.length:,}", budget, f"{row.exact:.0%}", difference, f"{row.log_prob:.2f}", str(row.prompts), counts
-        table.add_row(row.task, row.pattern, *figures, style="dim" if row.counts is False else _style(row.pattern))
+        asked = f"{row.length:,}", budget, f"{row.keys_per_query:,.0f}"
+        figures = f"{row.exact:.0%}", difference, f"{row.log_prob:.2f}", str(row.prompts), counts
+        table.add_row(row.task, row.pattern, *asked, *figures, style="dim" if row.counts is False else _style(row.pattern))
     return table
+
+
+def _caption(other: str, row: Quality) -> str | None:
+    """How the intervals of a table were made."""
+    if row.windows == 1:
+        return None
+    over = f"{row.windows} windows" if row.independent == row.windows else f"{row.independent} documents ({row.windows} windows)"
+    return f"Over {other}: [95 % interval], Student's t over {over}, paired"
 
 
 def _table(title: str, names: list[str], caption: str | None = None) -> Table:

@@ -11,15 +11,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skim.evaluation.baselines import BASELINES, head_mean, row_chunks
+from skim.config import Config
+from skim.evaluation.baselines import BASELINES
 from skim.huggingface import LayerInputs, use
 from skim.huggingface.attention import by_indexer
 from skim.huggingface.state import Selector, source_of, state_of
 from skim.modules import IndexTensors
+from skim.ops import attend, attend_dense
 from skim.selection import Selection
 
 PATTERNS = ("dense", "dsa", *BASELINES)
 MASS_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """A budget that only DSA can have: the fewest keys that hold `mass` of the indexer's softmax, between `min_budget` and `budget`.
+
+    Raises:
+        ValueError: a value that `skim.Config` refuses.
+    """
+
+    mass: float
+    min_budget: int
+    budget: int
+
+    def __post_init__(self) -> None:
+        Config(mass=self.mass, min_budget=self.min_budget, budget=self.budget)
+
+
+Budget = int | Adaptive
+Read = tuple[str, "Budget | None"]  # a pattern and its budget; None for dense
 
 
 @dataclass(frozen=True)
@@ -51,13 +73,13 @@ class Reading:
 
     Attributes:
         pattern: one of `PATTERNS`.
-        budget: keys for each query; None for dense.
+        budget: keys for each query, an `Adaptive` budget, or None for dense.
         losses: `[T - 1]` float64, negative log-likelihood of each token behind the first.
         attention_mass, keys_per_query, seconds: as in `Row`; the mass of dense is None.
     """
 
     pattern: str
-    budget: int | None
+    budget: Budget | None
     losses: Tensor
     attention_mass: float | None
     keys_per_query: float
@@ -82,44 +104,61 @@ def evaluate(model: Any, tokens: Tensor, budget: int, patterns: Sequence[str] = 
         yield Row(reading.pattern, math.exp(float(reading.losses.mean())), mass, reading.keys_per_query, reading.seconds)
 
 
-def readings(model: Any, tokens: Tensor, budgets: Sequence[int], patterns: Sequence[str] = PATTERNS, cache: Any = None) -> Iterator[Reading]:
-    """What each pattern makes of `tokens`, budget after budget; dense, which has none, once.
+def readings(model: Any, tokens: Tensor, budgets: Sequence[Budget], patterns: Sequence[str] = PATTERNS, cache: Any = None) -> Iterator[Reading]:
+    """What each pattern makes of `tokens`, budget after budget; dense, which has none, once, and DSA alone at an `Adaptive` one.
 
     Arguments and errors are those of `evaluate`.
     """
-    check_patterns(patterns)
+    reads = reads_of(budgets, patterns)
     if tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] < 2:
         raise ValueError(f"tokens: expected [1, T] with T >= 2, got {tuple(tokens.shape)}")
-    selectors = {(name, budget): selector_of(name, budget) for budget in budgets for name in patterns if name != "dense"}
-    masses = Masses(selectors, state_of(model).letters)
-    if selectors:
-        with use(model, selector=masses):
-            token_losses(model, tokens)
-    for name, budget in dict.fromkeys((name, None if name == "dense" else budget) for budget in budgets for name in patterns):
+    selectors = {(name, budget): selector_of(name, budget) for name, budget in reads if budget is not None}
+    masses = Masses({read: selector for read, selector in selectors.items() if most(read[1]) < tokens.shape[1]}, state_of(model).letters)
+    if masses.selectors:
+        with use(model, selector=masses), torch.no_grad():
+            model.base_model(tokens, use_cache=False)
+    for name, budget in reads:
         if budget is None:
             with use(model, mode="dense"):
                 losses, seconds = token_losses(model, tokens)
             yield Reading(name, None, losses, None, (tokens.shape[1] + 1) / 2, seconds)
         else:
             counted = Counter(selectors[name, budget])
-            with use(model, budget=budget, mode="sparse", selector=counted):
+            with use(model, mode="sparse", selector=counted, **settings(budget)):
                 losses, seconds = token_losses(model, tokens, cache if name == "dsa" else None)
-            yield Reading(name, budget, losses, masses.mean(name, budget), counted.mean(), seconds)
+            yield Reading(name, budget, losses, masses.mean((name, budget)), counted.mean(), seconds)
 
 
-def check_patterns(patterns: Sequence[str]) -> None:
+def reads_of(budgets: Sequence[Budget], patterns: Sequence[str]) -> list[Read]:
+    """Each pattern at each budget, in this order: dense once, and DSA alone at an `Adaptive` budget.
+
+    Raises:
+        ValueError: an unknown pattern.
+    """
     unknown = sorted(set(patterns) - set(PATTERNS))
     if unknown:
         raise ValueError(f"patterns: expected some of {', '.join(PATTERNS)}, got {unknown[0]!r}")
+    each = [(name, budget) for budget in budgets for name in (("dsa",) if isinstance(budget, Adaptive) else patterns)]
+    return list(dict.fromkeys((name, None if name == "dense" else budget) for name, budget in each))
 
 
-def selector_of(pattern: str, budget: int) -> Selector:
-    """The selector of a pattern other than dense."""
+def settings(budget: Budget) -> dict[str, Any]:
+    """The fields of `skim.Config` that a budget is."""
+    return asdict(budget) if isinstance(budget, Adaptive) else {"budget": budget}
+
+
+def most(budget: Budget) -> int:
+    """The keys that a query reads at most."""
+    return budget.budget if isinstance(budget, Adaptive) else budget
+
+
+def selector_of(pattern: str, budget: Budget) -> Selector:
+    """The selector of a pattern other than dense. DSA's other settings are those in force."""
     if pattern != "dsa":
-        return BASELINES[pattern](budget)
+        return BASELINES[pattern](most(budget))
 
     def select(inputs: LayerInputs, start: Tensor, end: Tensor) -> Selection:
-        return by_indexer(replace(inputs, config=replace(inputs.config, budget=budget)), start, end)
+        return by_indexer(replace(inputs, config=replace(inputs.config, **settings(budget))), start, end)
 
     return select
 
@@ -144,61 +183,70 @@ def token_losses(model: Any, tokens: Tensor, cache: Any = None) -> tuple[Tensor,
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     parts = zip(logits[0, :-1].split(512), tokens[0, 1:].split(512))
-    losses = [torch.nn.functional.cross_entropy(part.float(), target, reduction="none").double().cpu() for part, target in parts]
-    return torch.cat(losses), seconds
+    losses = [torch.nn.functional.cross_entropy(part.float(), target, reduction="none") for part, target in parts]
+    return torch.cat(losses).double().cpu(), seconds
 
 
 class Counter:
-    """A selector that also counts: the keys that are read, those visible, and the queries, over all layers."""
+    """A selector that also counts: the keys that are read, those visible, and the queries, over all layers.
+
+    The sums stay on the device until they are asked for, so that no layer waits for the host.
+    """
 
     def __init__(self, selector: Selector) -> None:
-        self.selector, self.keys, self.visible, self.queries = selector, 0, 0, 0
+        self.selector = selector
+        self.sums: Tensor | None = None
 
     def __call__(self, inputs: LayerInputs, start: Tensor, end: Tensor) -> Selection | None:
         selection = self.selector(inputs, start, end)
         assert selection is not None
-        self.keys += int(selection.counts.sum())
-        self.visible += int((end - start).sum()) * selection.counts.shape[2]
-        self.queries += selection.counts.numel()
+        counts = selection.counts
+        visible = (end - start).sum() * counts.shape[2]
+        found = torch.stack((counts.sum(), visible, torch.full_like(visible, counts.numel())))
+        self.sums = found if self.sums is None else self.sums + found.to(self.sums.device)
         return selection
 
+    def totals(self) -> tuple[int, int, int]:
+        """Keys read, keys visible, queries."""
+        keys, visible, queries = (0, 0, 0) if self.sums is None else self.sums.tolist()
+        return keys, visible, queries
+
     def mean(self) -> float:
-        return self.keys / max(1, self.queries)
+        """Keys that a query reads."""
+        keys, _, queries = self.totals()
+        return keys / max(1, queries)
 
 
 class Masses:
     """A selector that reads everything and notes how much of the attention's mass other selectors would keep.
 
+    A head's mass in a selection is exp(lse of the selected - lse of the visible), so no row of weights is ever made.
+
     Args:
-        selectors: (name, budget) -> selector.
+        selectors: of each read but dense.
         letters: the model's pattern; an R layer keeps what its source selects.
     """
 
-    def __init__(self, selectors: dict[tuple[str, int], Selector], letters: dict[int, str]) -> None:
+    def __init__(self, selectors: dict[Read, Selector], letters: dict[int, str]) -> None:
         self.selectors, self.letters = selectors, letters
-        self.choices: dict[tuple[str, int], Selection | None] = {}  # of the last S layer
-        self.kept: dict[tuple[str, int], list[float]] = {key: [] for key in selectors}
+        self.choices: dict[Read, Selection | None] = {}  # of the last S layer
+        self.kept: dict[Read, list[Tensor]] = {read: [] for read in selectors}  # of each layer: sum over the queries, and how many
 
     def __call__(self, inputs: LayerInputs, start: Tensor, end: Tensor) -> None:
         part, start, end = some_queries(inputs, start, end, MASS_STRIDE)
         if source_of(inputs.layer, self.letters) == inputs.layer:
-            longest = int((end - start).max())
-            self.choices = {key: selector(part, start, end) for key, selector in self.selectors.items() if key[1] < longest}
-        sums = dict.fromkeys(self.choices, 0.0)
-        if not sums:
-            return
-        for b, rows in row_chunks(part, start.shape[1]):
-            p = head_mean(part, b, rows, start, end)
-            for (name, budget), choice in self.choices.items():
-                assert choice is not None
-                indices = choice.indices[b, rows, 0]
-                kept = p.gather(1, indices.clamp(min=0).long()).masked_fill_(indices < 0, 0.0).sum(1)
-                sums[name, budget] += float(kept[(end - start)[b, rows] > budget].sum())
-        for key, total in sums.items():
-            self.kept[key].append(total / int((end - start > key[1]).sum()))
+            self.choices = {read: selector(part, start, end) for read, selector in self.selectors.items()}
+        options: dict[str, Any] = {"scale": part.scale, "workspace_mb": part.config.workspace_mb, "v_channels": part.q.shape[-1]}
+        whole = attend_dense(part.q, part.k, start=start, end=end, **options)[1]
+        for (name, budget), choice in self.choices.items():
+            assert choice is not None and budget is not None
+            kept = (attend(part.q, part.k, selection=choice, **options)[1] - whole).exp().mean(-1)
+            long = end - start > most(budget)
+            self.kept[name, budget].append(torch.stack((kept.masked_fill(~long, 0.0).sum(), long.sum())))
 
-    def mean(self, name: str, budget: int) -> float | None:
-        layers = self.kept[name, budget]
+    def mean(self, read: Read) -> float | None:
+        """Mean over the layers of the mean over the queries that see more keys than the budget; None where no query does."""
+        layers = [total / count for total, count in (layer.tolist() for layer in self.kept.get(read, [])) if count]
         return sum(layers) / len(layers) if layers else None
 
 
