@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference_math import index_scores, interval_mask
-from tiny import DSA, FAMILIES, MLA, MOE, attentions, build, convert, generate, logits, masked, masks, recorded, sparse, tokens
+from tiny import FAMILIES, MLA, MOE, attentions, build, convert, generate, logits, masked, masks, recorded, sparse, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import skim
@@ -64,7 +64,9 @@ def test_a_selection_is_the_best_of_the_index_scores_of_the_layers_own_input(fam
     assert inputs.keys() == selections.keys()
     for number, (hidden, position_embeddings, visibility) in inputs.items():
         with torch.no_grad():
-            q, k, weights = converted_layers(model)[number].indexer(hidden, position_embeddings)
+            layer = converted_layers(model)[number]
+            latent = layer.q_a_layernorm(layer.q_a_proj(hidden)) if family == "deepseek_v3" else None
+            q, k, weights = layer.indexer(hidden, position_embeddings, latent)
         visible = interval_mask(visibility[:, 0, :, 0], visibility[:, 0, :, 1], IDS.shape[1])
         scores = index_scores(q, k, weights, visible)
         chosen = masks({0: selections[number]}, IDS.shape[1])[0]
@@ -117,9 +119,8 @@ REFUSED = {
         },
         "gemma3n_text sets num_kv_shared_layers",
     ),
-    "deepseek_v3": (MLA, r"deepseek_v3 has latent attention \(MLA\)"),
-    "deepseek_v32": (DSA, r"deepseek_v32 has latent attention \(MLA\)"),
-    "glm_moe_dsa": (DSA, r"glm_moe_dsa has latent attention \(MLA\)"),
+    "deepseek_v2": (MLA, r"deepseek_v2 has latent attention \(MLA\), which Skim converts in deepseek_v3"),
+    "deepseek_v3": ({**MLA, "q_lora_rank": None}, "q_lora_rank: expected a deepseek_v3 with a query latent, which indexers read, got None"),
     "gpt2": ({}, "gpt2 hands its attention layers no rotary position embeddings"),
     "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, "opt hands its attention layers no rotary position embeddings"),
     "bloom": ({}, "bloom hands its attention layers no rotary position embeddings"),

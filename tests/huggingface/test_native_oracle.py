@@ -9,56 +9,15 @@ from typing import Any
 import pytest
 import torch
 from reference_math import error
-from tiny import CONFIG, GROUPS, tokens
+from tiny import tokens
+from tiny_native import LAYOUTS, SIZES, TOPK, YARN, Scores, differing, random_native, read_by, seen
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import skim
 from skim.modules import LightningIndexer
 
-TOPK, LENGTH, SEEDS = 8, 40, 20
-NEAR = 1e-5
-LAYOUTS = {"deepseek_v32": "half", "glm_moe_dsa": "interleaved"}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "original_max_position_embeddings": 16,
-}
-SIZES = {
-    **CONFIG,
-    **GROUPS,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 10,
-    "index_topk": TOPK,
-    "index_n_heads": 8,
-    "index_head_dim": 16,
-}
+LENGTH, SEEDS = 40, 20
 every_family = pytest.mark.parametrize("family", LAYOUTS)
-
-
-class Scores(TorchFunctionMode):
-    """Keeps what `topk` is called on: the scores that a native indexer doesn't give away."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Tensor] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.topk:
-            self.found.append(args[0])
-        return function(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -79,16 +38,7 @@ class Layer:
 
 def native(family: str, seed: int, **changes: Any) -> tuple[list[Layer], Tensor, Tensor]:
     """The layers of a random native model after one forward, and which keys each query may read: start, end."""
-    torch.manual_seed(seed)
-    parts = {"rope_parameters": YARN} if family == "deepseek_v32" else {"indexer_types": ["full"] * 2}
-    config = AutoConfig.for_model(family, **{**SIZES, **parts, **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(std=2.0 * parameter.shape[-1] ** -0.5)
-            elif "k_norm" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    model = random_native(family, seed, **changes)
     made: dict[int, dict[str, Any]] = {}
     source = sys.modules[type(model).__module__]
     plain = source.eager_attention_forward
@@ -138,28 +88,11 @@ def ours(layer: Layer, layout: str, start: Tensor, end: Tensor) -> tuple[Tensor,
         return scores, indexer.select(*index, TOPK, start=start, end=end)
 
 
-def seen(start: Tensor, end: Tensor) -> Tensor:
-    position = torch.arange(LENGTH)
-    return (position >= start[..., None]) & (position < end[..., None])
-
-
-def read_by(picks: Tensor) -> Tensor:
-    """bool [B, T, S] of indices [B, T, K], -1 for none."""
-    mask = torch.zeros(*picks.shape[:2], LENGTH + 1, dtype=torch.bool)
-    return mask.scatter_(2, torch.where(picks < 0, LENGTH, picks).long(), True)[..., :LENGTH]
-
-
-def differing(one: Tensor, other: Tensor, scores: Tensor) -> int:
-    """How many keys only one of two masks reads although their scores don't lie within NEAR of the k-th."""
-    kth = scores.masked_fill(~one, torch.inf).amin(-1, keepdim=True)
-    return int(((one ^ other) & ((scores - kth).abs() > NEAR)).sum())
-
-
 @every_family
 def test_index_scores_are_those_of_the_native_indexer(family):
     for seed in range(SEEDS):
         layers, start, end = native(family, seed)
-        visible = seen(start, end)
+        visible = seen(start, end, LENGTH)
         for layer in layers:
             scores, _ = ours(layer, LAYOUTS[family], start, end)
             assert torch.equal(scores.isfinite(), visible)
@@ -171,11 +104,11 @@ def test_index_scores_are_those_of_the_native_indexer(family):
 def test_selections_are_those_of_the_native_indexer(family):
     for seed in range(SEEDS):
         layers, start, end = native(family, seed)
-        visible = seen(start, end)
+        visible = seen(start, end, LENGTH)
         for layer in layers:
             _, selection = ours(layer, LAYOUTS[family], start, end)
             selection.check(LENGTH)
-            found, theirs = read_by(selection.indices[:, :, 0]), read_by(layer.picks) & visible
+            found, theirs = read_by(selection.indices[:, :, 0], LENGTH), read_by(layer.picks, LENGTH) & visible
             assert torch.equal(found.sum(-1), visible.sum(-1).clamp(max=TOPK))
             assert differing(found, theirs, layer.scores) == 0, (seed, layer.attention.layer_idx)
 
@@ -187,7 +120,7 @@ def test_attention_over_expanded_keys_is_the_native_attention(family):
         rows = end > start
         for layer in layers:
             _, selection = ours(layer, LAYOUTS[family], start, end)
-            same = (read_by(selection.indices[:, :, 0]) == (read_by(layer.picks) & seen(start, end))).all(-1) & rows
+            same = (read_by(selection.indices[:, :, 0], LENGTH) == (read_by(layer.picks, LENGTH) & seen(start, end, LENGTH))).all(-1) & rows
             assert same.sum() > 0.95 * rows.sum(), "rows with near ties aside"
             q, k, v = (x.transpose(1, 2) for x in (layer.query, layer.key, layer.value))
             out, _ = skim.attend(q, k, v, selection, scale=layer.scale)
@@ -202,7 +135,7 @@ def test_attention_over_absorbed_latents_is_the_native_attention(family):
         layers, start, end = native(family, seed)
         for layer in layers:
             _, selection = ours(layer, LAYOUTS[family], start, end)
-            same = (read_by(selection.indices[:, :, 0]) == (read_by(layer.picks) & seen(start, end))).all(-1) & (end > start)
+            same = (read_by(selection.indices[:, :, 0], LENGTH) == (read_by(layer.picks, LENGTH) & seen(start, end, LENGTH))).all(-1) & (end > start)
             expand = layer.attention.kv_b_proj.weight.detach().view(SIZES["num_attention_heads"], -1, rank)
             q = layer.query.transpose(1, 2)
             absorbed = torch.cat((torch.einsum("bthn,hnr->bthr", q[..., :nope], expand[:, :nope]), q[..., nope:]), dim=-1)
@@ -218,11 +151,11 @@ def test_trap_01_the_other_rope_layout_is_told_apart(family):
     wrong = {"half": "interleaved", "interleaved": "half"}[LAYOUTS[family]]
     for seed in range(SEEDS):
         layers, start, end = native(family, seed)
-        visible = seen(start, end)
+        visible = seen(start, end, LENGTH)
         for layer in layers:
             scores, selection = ours(layer, wrong, start, end)
             assert error(scores[visible], layer.scores[visible]) > 1e-2
-            assert differing(read_by(selection.indices[:, :, 0]), read_by(layer.picks) & visible, layer.scores) > 10
+            assert differing(read_by(selection.indices[:, :, 0], LENGTH), read_by(layer.picks, LENGTH) & visible, layer.scores) > 10
 
 
 def test_trap_07_the_softmax_scale_is_the_models_own_with_yarn():
@@ -249,7 +182,7 @@ def test_glm_layers_that_share_a_selection_read_what_their_source_selected():
     layers, start, end = native("glm_moe_dsa", 0, indexer_types=["full", "shared"])
     assert layers[1].picks is None and layers[1].attention.indexer is None
     _, selection = ours(layers[0], "interleaved", start, end)
-    same = (read_by(selection.indices[:, :, 0]) == (read_by(layers[0].picks) & seen(start, end))).all(-1) & (end > start)
+    same = (read_by(selection.indices[:, :, 0], LENGTH) == (read_by(layers[0].picks, LENGTH) & seen(start, end, LENGTH))).all(-1) & (end > start)
     q, k, v = (x.transpose(1, 2) for x in (layers[1].query, layers[1].key, layers[1].value))
     out, _ = skim.attend(q, k, v, selection, scale=layers[1].scale)
     assert error(out[same], layers[1].out[same]) < 1e-5

@@ -49,6 +49,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "bamba": ({"attn_layer_indices": [1], **MAMBA}, "S"),
     "cohere": ({}, "SSS"),  # the frequency table repeats each frequency side by side
     "cohere2": ({"sliding_window": 12, "num_hidden_layers": 4}, "FFFS"),
+    "deepseek_v3": (MLA, "SSS"),  # latents for keys and values
     "diffllama": ({}, "SSS"),  # calls its attention twice in a layer
     "dots1": ({"head_dim": 16, **GROUPS}, "SSS"),
     "ernie4_5": ({"head_dim": 16}, "SSS"),

@@ -22,6 +22,7 @@ from skim.huggingface.cache import append_index_keys, holds_index_keys
 from skim.huggingface.masks import PREFIX, is_decided_dense, is_visibility, unpack_visibility
 from skim.huggingface.state import Forward, HandOver, LayerInputs, State, source_of
 from skim.modules import IndexTensors, LightningIndexer
+from skim.modules.latents import unpack, unpack_read
 from skim.ops import align, attend, attend_dense
 from skim.selection import Selection
 
@@ -77,30 +78,37 @@ def _trains(decoder: nn.Module) -> bool:
 def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pre-hook of an attention module."""
     state: State = module.skim_state  # type: ignore[assignment]
-    layer: int = module.layer_idx  # type: ignore[assignment]
     forward = kwargs.get("skim")
     if not isinstance(forward, Forward):
         if state.limit is None:
             return args, kwargs
         raise ValueError(f"{type(module).__name__}: its decoder doesn't pass keyword arguments on, so Skim can't reach it; skim.revert(model)")
-    indexer = getattr(module, "indexer", None)
     cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)  # GPT-NeoX calls it layer_past
-    index = unquantised = None
+    hidden = args[0] if args else kwargs["hidden_states"]
     sparse = is_visibility(kwargs.get("attention_mask"))
+    return args, {**kwargs, "skim": prepare(module, forward, cache, sparse, hidden, kwargs["position_embeddings"])}
+
+
+def prepare(
+    module: nn.Module, forward: Forward, cache: Cache | None, sparse: bool, hidden: Tensor, position_embeddings: Any, q_latent: Tensor | None = None
+) -> HandOver:
+    """What an attention module reads with: its index tensors, with every index key that the cache holds."""
+    layer, indexer = int(module.layer_idx), getattr(module, "indexer", None)  # type: ignore[arg-type]
+    index = unquantised = None
     selects = forward.mode == "sparse" or forward.selector is not None
     keeps_keys = cache is not None and (selects or holds_index_keys(cache, layer))
     if indexer is not None and (sparse or keeps_keys):
-        hidden = args[0] if args else kwargs["hidden_states"]
+        inputs = hidden.detach(), position_embeddings, None if q_latent is None else q_latent.detach()
         with torch.set_grad_enabled(forward.recording):
-            index = indexer(hidden.detach(), kwargs["position_embeddings"], keys_only=not sparse)
+            index = indexer(*inputs, keys_only=not sparse)
             unquantised = index.k
             keys = indexer.cached(index.k)
         if keeps_keys:
             keys = append_index_keys(cache, layer, keys.detach())
         index = IndexTensors(index.q, keys, index.weights)
         if forward.recording and _served(layer, forward.letters) > 1:
-            forward.inputs[layer] = indexer, hidden.detach(), kwargs["position_embeddings"]
-    return args, {**kwargs, "skim": HandOver(forward, index, unquantised)}
+            forward.inputs[layer] = indexer, inputs
+    return HandOver(forward, index, unquantised)
 
 
 def register(original: str) -> str:
@@ -125,26 +133,39 @@ def _attention(
     """query `[B, H, T, D]`, key and value `[B, G, S, ·]` as transformers hands them; `(out [B, T, H, V], None)`."""
     state: State | None = getattr(module, "skim_state", None)
     if not is_visibility(attention_mask):
-        if state is not None and state.limit is not None and key.shape[2] > state.limit and not is_decided_dense(attention_mask):
-            raise ValueError(
-                f"attention_mask: expected a 2-D mask or none, got {type(attention_mask).__name__} {tuple(attention_mask.shape)}; "
-                "Skim reads intervals of keys and can't tell them from a mask prepared elsewhere"
-            )
+        if state is not None:
+            expect_decided_dense(state, attention_mask, key.shape[2])
         return original_attention(original, module)(module, query, key, value, attention_mask, **kwargs)
     if state is None or skim is None:
         raise ValueError(f"{type(module).__name__}: reads with Skim's visibility but was not converted (cross-attention, say)")
     scale = kwargs.pop("scaling", None) or query.shape[-1] ** -0.5
     sink = kwargs.pop("s_aux", None)
-    _refuse(module, kwargs)
-    if torch.is_autocast_enabled(query.device.type):  # as PyTorch's attention does: rotated queries and keys are float32 there, values are not
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    refuse(module, kwargs)
+    q, k, v = (autocast(x).transpose(1, 2) for x in (query, key, value))
+    return read(module, skim, q, k, v, interval(attention_mask, kwargs), scale=scale, sink=sink), None
+
+
+def expect_decided_dense(state: State, attention_mask: Any, keys: int) -> None:
+    """Raise ValueError if a row may see more keys than it is to read, by a mask that says no more about it."""
+    if state.limit is not None and keys > state.limit and not is_decided_dense(attention_mask):
+        raise ValueError(
+            f"attention_mask: expected a 2-D mask or none, got {type(attention_mask).__name__} {tuple(attention_mask.shape)}; "
+            "Skim reads intervals of keys and can't tell them from a mask prepared elsewhere"
+        )
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, as PyTorch's attention takes it: rotated queries and keys are float32 there, values are not."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def interval(attention_mask: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """start, end `[B, T]` of a sparse forward's mask and of what an attention is called with."""
     start, end = unpack_visibility(attention_mask)
-    start = _packed(start, end, kwargs.get("cu_seq_lens_k"))
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return _read(module, state, skim, q, k, v, start, end, scale, sink), None
+    return _packed(start, end, kwargs.get("cu_seq_lens_k")), end
 
 
-def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
+def refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     if kwargs.pop("dropout", 0.0):
         raise ValueError(f"attention_dropout: expected 0 in sparse attention, got {type(module).__name__} with dropout in training")
     if kwargs.get("is_causal") is False:
@@ -165,18 +186,23 @@ def _packed(start: Tensor, end: Tensor, cu_seq_lens: Tensor | None) -> Tensor:
     return torch.maximum(start, bounds[sequence.clamp(min=0)])
 
 
-def _read(
-    module: nn.Module, state: State, skim: HandOver, q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float, sink: Tensor | None
-) -> Tensor:
-    """Attention output `[B, T, H, V]` by the rules of this forward pass, tied to its alignment loss while recording."""
+def read(module: nn.Module, skim: HandOver, q: Tensor, k: Tensor, v: Tensor | None, visible: tuple[Tensor, Tensor], **options: Any) -> Tensor:
+    """Attention output `[B, T, H, V]` by the rules of this forward pass, tied to its alignment loss while recording.
+
+    Keys may be FP8 rows of an MLA model's cache. `options` are the operators': scale, and sink or v_channels.
+    """
     forward, layer, indexer = skim.forward, int(module.layer_idx), getattr(module, "indexer", None)  # type: ignore[arg-type]
     config, letter = forward.config, forward.letters.get(layer, "F")
     index = skim.index
     if index is not None and index.k.shape[1] > k.shape[1]:  # a sliding cache gives up keys that the index cache still has
         index = IndexTensors(index.q, index.k[:, -k.shape[1] :], index.weights)
-    options: dict[str, Any] = {"scale": scale, "sink": sink, "workspace_mb": config.workspace_mb}
+    if forward.selector is not None or forward.recording:
+        k = unpack(k, q.dtype)
+    (start, end), scale = visible, options["scale"]
+    options["workspace_mb"] = config.workspace_mb
     selection = None
-    if letter != "F" and (forward.mode == "sparse" or forward.selector is not None):
+    keeps_all = forward.selector is None and not forward.recording and k.shape[1] <= config.fewest
+    if letter != "F" and not keeps_all and (forward.mode == "sparse" or forward.selector is not None):
         source = source_of(layer, forward.letters)
         if source in forward.selections:
             selection = forward.selections[source]
@@ -188,9 +214,10 @@ def _read(
             if selection is not None and "R" in forward.letters.values():
                 forward.selections[source] = selection
     if selection is None:
-        out, lse = attend_dense(q, k, v, start=start, end=end, **options)
+        out, lse = attend_dense(q, unpack(k, q.dtype), v, start=start, end=end, **options)
     else:
-        out, lse = attend(q, k, v, selection, **options)
+        keys, picks = unpack_read(k, selection, q.dtype)
+        out, lse = attend(q, keys, v, picks, **options)
     if not forward.recording:
         return out
     if forward.keeping and selection is not None:
@@ -200,9 +227,9 @@ def _read(
     source, unquantised = source_of(layer, forward.letters), skim.unquantised
     if letter == "R" and source in forward.inputs:
         # Made again from the inputs instead of handed on, so that each layer's loss has a graph of its own.
-        indexer, hidden, position_embeddings = forward.inputs[source]
+        indexer, inputs = forward.inputs[source]
         with torch.enable_grad():
-            index = indexer(hidden, position_embeddings)
+            index = indexer(*inputs)
         unquantised = index.k
     if indexer is None or index is None or unquantised is None:
         return out
@@ -252,5 +279,7 @@ def by_indexer(inputs: LayerInputs, start: Tensor, end: Tensor) -> Selection:
         end=end,
         keep_first=config.keep_first,
         keep_recent=config.keep_recent,
+        mass=config.mass,
+        min_budget=config.min_budget,
         workspace_mb=config.workspace_mb,
     )

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, Static
 
 
 @remember
-def _twin(layer_class: Any) -> Any:
+def indexed(layer_class: Any) -> Any:
     """The class of `layer_class`'s twin, whose index keys `[B, S, C]` follow everything done to the layer's keys.
 
     A plain subclass: an instance can only change to a class of the same layout.
@@ -87,7 +87,21 @@ def _twin(layer_class: Any) -> Any:
 
 
 def holds_index_keys(cache: Cache, layer: int) -> bool:
-    return layer < len(cache.layers) and hasattr(cache.layers[layer], "index_keys")
+    return layer < len(cache.layers) and getattr(cache.layers[layer], "index_keys", None) is not None
+
+
+def layer_of(cache: Cache, layer: int) -> Any:
+    """The layer of a cache, made if the cache makes them as they come.
+
+    Raises:
+        ValueError: no transformers cache.
+    """
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}")
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= layer:
+            cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[layer]
 
 
 def append_index_keys(cache: Cache, layer: int, new: Tensor) -> Tensor:
@@ -96,26 +110,21 @@ def append_index_keys(cache: Cache, layer: int, new: Tensor) -> Tensor:
     Raises:
         ValueError: the cache already holds tokens whose index keys were never made, or is of a kind that can't hold any.
     """
-    if not isinstance(cache, Cache):
-        raise ValueError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}")
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= layer:
-            cache.layers.append(cache.layer_class_to_replicate())
-    target = cache.layers[layer]
-    if not holds_index_keys(cache, layer):
+    target = layer_of(cache, layer)
+    if not hasattr(target, "index_keys"):
         if not isinstance(target, CacheLayerMixin) or isinstance(target, StaticSlidingWindowLayer):
             raise ValueError(f"past_key_values: {type(target).__name__} can't hold index keys; use a dynamic cache")
         if cache.offloading and isinstance(target, StaticLayer):  # torch.compile dies over our wait for its copies
             raise ValueError("past_key_values: an offloaded static cache can't hold index keys; use cache_implementation='offloaded'")
-        if target.is_initialized and int(target.get_seq_length()) > 0:
-            raise ValueError(
-                f"past_key_values: layer {layer} holds {int(target.get_seq_length())} tokens without index keys "
-                "(a cache that was filled in dense mode or before skim.convert); fill it again in sparse mode"
-            )
-        target.__class__ = _twin(type(target))  # type: ignore[assignment, arg-type]
-    held = target.index_keys  # type: ignore[attr-defined]
+        target.__class__ = indexed(type(target))  # type: ignore[arg-type]
+    if not holds_index_keys(cache, layer) and target.is_initialized and int(target.get_seq_length()) > 0:
+        raise ValueError(
+            f"past_key_values: layer {layer} holds {int(target.get_seq_length())} tokens without index keys "
+            "(a cache that was filled in dense mode or before skim.convert); fill it again in sparse mode"
+        )
+    held = target.index_keys
     if held is not None and (held.dtype == torch.uint8) != (new.dtype == torch.uint8):
         raise ValueError(f"past_key_values: layer {layer} holds index keys of another score_dtype; fill the cache again")
     if cache.offloading:  # Cache.update waits for its copies later than this
         torch.cuda.current_stream(new.device).wait_stream(cache.prefetch_stream)
-    return target.append_index_keys(new)  # type: ignore[attr-defined]
+    return target.append_index_keys(new)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from skim.config import Config
-from skim.huggingface import attention, masks
+from skim.huggingface import attention, masks, mla
 from skim.huggingface.state import MODES, LayerInputs, Selector, State, converted_layers, decoder_of, publish, source_of, state_of
 from skim.modules import LightningIndexer
 from skim.selection import Selection
@@ -28,39 +28,59 @@ def convert(model: nn.Module, config: Config | None = None) -> Any:
     The model stays dense until its indexers are trained or loaded (one warning says so), or until
     `skim.use(model, mode="sparse")`. Layers with a sliding window are left as they are where other layers have none.
 
+    DeepSeek-V3.2 (`deepseek_v32`) and GLM-5 (`glm_moe_dsa`) have trained indexers: they keep them, need no config and read
+    sparsely at once. Their "dense" mode reads every key, which they never did.
+
     Args:
         model: a transformers decoder (`AutoModelForCausalLM` or its base model).
-        config: how to read; None is `skim.Config()`.
+        config: how to read; None is `skim.Config()`, or what the model says where it has indexers.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: the model is converted already, or its family asks for something that Skim can't give; by name.
+        ValueError: the model is converted already, its family asks for something that Skim can't give, or the config
+            contradicts indexers that the model has; by name.
     """
-    attach(model, config or Config())
-    warnings.warn(
-        "This model's indexers are untrained, so it stays dense. Train them (skim.record), load trained ones (skim.load), "
-        "or see what untrained ones do with skim.use(model, mode='sparse').",
-        stacklevel=2,
-    )
+    if config is not None:
+        mla.expect_agreement(model, config)
+    attach(model, config)
+    if state_of(model).mode == "dense":
+        warnings.warn(
+            "This model's indexers are untrained, so it stays dense. Train them (skim.record), load trained ones (skim.load), "
+            "or see what untrained ones do with skim.use(model, mode='sparse').",
+            stacklevel=2,
+        )
     return model
 
 
-def attach(model: nn.Module, config: Config) -> None:
+def attach(model: nn.Module, config: Config | None) -> None:
     """`convert` without its warning."""
     if any(hasattr(m, "skim_state") for m in model.modules()):
         raise ValueError("model: expected one that was not converted, got a converted one; skim.revert(model) first")
     decoder = _decoder(model)
     layers = _attention_layers(decoder)
+    family = mla.family(decoder.config)
+    native, latent = family in mla.LAYOUTS, family in mla.FAMILIES
+    if config is None:
+        config = mla.native_config(decoder.config) if native else Config()
+    mla.expect_agreement(decoder, config, mla.SHAPES)
+    mla.expect_latents(decoder.config, config)
     letters = _letters(config, layers)
-    indexers = {number: _indexer(layers[number], decoder, config) for number, letter in letters.items() if letter == "S"}
+    indexers = {
+        number: mla.native_indexer(layers[number], config) if native else make_indexer(layers[number], decoder, config)
+        for number, letter in letters.items()
+        if letter == "S"
+    }
     rope_dim = next((indexer.rope_dim for indexer in indexers.values()), config.rope_dim)
     config = replace(config, pattern=tuple(letters.values()), rope_dim=rope_dim)
     original = decoder.config._attn_implementation
-    state = State(config, letters, original)
+    state = State(config, letters, original, mode="sparse" if native else "dense")
     for number, layer in layers.items():
         layer.skim_state = state
+        if latent:
+            mla.bind(layer, indexers.get(number))
+            continue
         if number in indexers:
             layer.indexer = indexers[number]
         layer.skim_hook = layer.register_forward_pre_hook(attention.hand_over, with_kwargs=True)
@@ -80,9 +100,15 @@ def revert(model: nn.Module) -> Any:
     state, decoder = state_of(model), decoder_of(model)
     decoder.config._attn_implementation = state.original
     del decoder.config.skim_limit
+    for layer in converted_layers(model).values():
+        if not hasattr(layer, "skim_hook"):
+            mla.release(layer)
+        elif hasattr(layer, "indexer"):
+            del layer.indexer
     for module in (*converted_layers(model).values(), decoder):
-        module.skim_hook.remove()
-        for name in ("indexer", "skim_state", "skim_hook", "skim_decoder"):
+        if hasattr(module, "skim_hook"):
+            module.skim_hook.remove()
+        for name in ("skim_state", "skim_hook", "skim_decoder"):
             if hasattr(module, name):
                 delattr(module, name)
     return model
@@ -103,8 +129,8 @@ class use:
         selector: `(LayerInputs, start, end) -> Selection` in place of the indexers; None for a call reads every key.
         replay: layer -> Selection to read again, as `skim.record(model, selections=True)` kept them: the same keys under
             other weights, as reinforcement learning needs them.
-        changes: fields of `skim.Config` that need no other weights: budget, pattern, keep_first, keep_recent,
-            score_dtype, workspace_mb.
+        changes: fields of `skim.Config` that need no other weights: budget, mass, min_budget, pattern, keep_first,
+            keep_recent, score_dtype, latent_dtype, scale_format, workspace_mb.
 
     Raises:
         ValueError: the model was not converted, or a value out of range.
@@ -140,13 +166,14 @@ class use:
         if bare:
             raise ValueError(f"pattern: expected 'S' only where there is an indexer, got it in layers {bare} without")
         _checked(letters, layers)
+        mla.expect_latents(decoder_of(model).config, config)
         self._set(replace(config, pattern=tuple(letters.values())), letters, mode or self.state.mode, selector or self.state.selector)
 
     def _set(self, config: Config, letters: dict[int, str], mode: str, selector: Selector | None) -> None:
         self.state.config, self.state.letters, self.state.mode, self.state.selector = config, letters, mode, selector
         for layer in converted_layers(self.model).values():
             if hasattr(layer, "indexer"):
-                layer.indexer.score_dtype = config.score_dtype
+                layer.indexer.score_dtype, layer.indexer.scale_format = config.score_dtype, config.scale_format
         publish(self.model)
 
     def __enter__(self) -> use:
@@ -195,8 +222,10 @@ def _decoder(model: nn.Module) -> Any:
     source = sys.modules[type(decoder).__module__]
     if not any(hasattr(source, name) for name in ("create_causal_mask", "create_sliding_window_causal_mask", "create_masks_for_generate")):
         raise ValueError(f"model: {family} makes its own masks instead of transformers' (create_causal_mask), so Skim can't see what is visible")
-    if getattr(decoder.config, "kv_lora_rank", None) is not None:
-        raise ValueError(f"model: {family} has latent attention (MLA), which Skim doesn't convert yet")
+    if mla.family(decoder.config) in mla.FAMILIES:
+        mla.expect_supported(decoder.config)
+    elif getattr(decoder.config, "kv_lora_rank", None) is not None:
+        raise ValueError(f"model: {family} has latent attention (MLA), which Skim converts in {', '.join(mla.FAMILIES)} only")
     for name in ("attn_logit_softcapping", "num_kv_shared_layers"):
         if getattr(decoder.config, name, None):
             raise ValueError(f"model: {family} sets {name}, which Skim doesn't support")
@@ -228,6 +257,8 @@ def _attention_layers(decoder: Any) -> dict[int, Any]:
     attending = [m for m in inner if _calls_interface(m)]  # linear attention may take the same arguments
     if not attending:
         raise ValueError(f"model: {family}: {type(inner[0]).__name__} doesn't call transformers' attention interface, so Skim can't stand in for it")
+    if mla.family(decoder.config) in mla.LAYOUTS:
+        return {int(m.layer_idx): m for m in attending}  # type: ignore[arg-type]
     own = next((m for m in attending if hasattr(m, "indexer") or any(type(child).__name__.endswith("Indexer") for child in m.modules())), None)
     if own is not None:
         raise ValueError(f"model: {family} has a sparse attention of its own ({type(own).__name__}), which Skim doesn't convert yet")
@@ -278,7 +309,7 @@ def _window(layer: Any) -> Any:
     return kind if "sliding" in kind or "chunked" in kind else None
 
 
-def _indexer(layer: Any, decoder: Any, config: Config) -> LightningIndexer:
+def make_indexer(layer: Any, decoder: Any, config: Config) -> LightningIndexer:
     projection = next(p for p in layer.parameters() if p.dim() == 2 and p.is_floating_point())
     table = _table(layer, decoder)
     rotated = table.shape[-1]
@@ -292,7 +323,9 @@ def _indexer(layer: Any, decoder: Any, config: Config) -> LightningIndexer:
         head_dim=config.index_head_dim,
         rope_dim=rope_dim,
         rope_layout=config.rope_layout,
+        query_size=getattr(layer, "q_lora_rank", None),  # MLA's query latent
         score_dtype=config.score_dtype,
+        scale_format=config.scale_format,
     )
     indexer.repeated_table = _repeats_frequencies(table)
     indexer.train(layer.training)

@@ -42,16 +42,32 @@ def _mask_function(original: str) -> Callable[..., Any]:
     def mask(**arguments: Any) -> Any:
         config, limit = arguments["config"], arguments["config"].skim_limit
         dense = ALL_MASK_ATTENTION_FUNCTIONS[original]
-        if limit is None or (isinstance(arguments["kv_length"], int) and arguments["kv_length"] <= limit):
+        if limit is None:
+            return _dense(dense, arguments)
+        expands = _expands(config, arguments["q_length"])
+        if expands and isinstance(arguments["kv_length"], int) and arguments["kv_length"] <= limit:
             return _dense(dense, arguments)
         visibility = _visibility(getattr(config, "model_type", "this model"), **arguments)
-        if limit > 0 and not torch.compiler.is_compiling():
+        if expands and limit > 0 and not torch.compiler.is_compiling():
             start, end = unpack_visibility(visibility)
             if int((end - start).max()) <= limit:
                 return _dense(dense, arguments)
         return visibility
 
     return mask
+
+
+def _expands(config: Any, queries: int) -> bool:
+    """Whether a model's own attention is no dearer for so many queries than Skim's over the same keys.
+
+    MLA's own attention makes keys and values of every head from every latent, old ones too, and then reads fewer channels; Skim's
+    reads the latents. Per key and head: 2 r (n + v) + 2 T (n + p + v) operations against 2 T (2 r + p).
+    """
+    rank = getattr(config, "kv_lora_rank", None)
+    if rank is None:
+        return True
+    made = config.qk_nope_head_dim + config.v_head_dim
+    return rank * made <= queries * (2 * rank - made)
 
 
 def _dense(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

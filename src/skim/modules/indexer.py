@@ -46,6 +46,7 @@ class LightningIndexer(nn.Module):
         rope_layout: "half" (DeepSeek-V3.2) or "interleaved" (GLM-5).
         query_size: channels of the query latent in MLA models; None makes queries from the attention's input too.
         score_dtype: "bf16" scores in the dtype of the input, "fp8" in e4m3 after a Hadamard rotation.
+        scale_format: of FP8 scores: "float32" scales, or "ue8m0" for powers of two.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class LightningIndexer(nn.Module):
         rope_layout: str = "half",
         query_size: int | None = None,
         score_dtype: str = "bf16",
+        scale_format: str = "float32",
     ) -> None:
         super().__init__()
         self.n_heads, self.head_dim, self.rope_dim = n_heads, head_dim, rope_dim
-        self.rope_layout, self.score_dtype = rope_layout, score_dtype
+        self.rope_layout, self.score_dtype, self.scale_format = rope_layout, score_dtype, scale_format
         self.wq_b = Projection(query_size or hidden_size, n_heads * head_dim)
         self.wk = Projection(hidden_size, head_dim)
         self.k_norm = nn.LayerNorm(head_dim, eps=NORM_EPS)
@@ -91,7 +93,8 @@ class LightningIndexer(nn.Module):
         """
         B, T, _ = hidden.shape
         cos, sin = (frequencies(table, self.rope_dim, self.repeated_table).expand(B, -1, -1) for table in position_embeddings)
-        own = self.wk.weight.dtype  # float32 while it trains under a bf16 model
+        # The weights are float32 while they train under a bf16 model; autocast casts by itself.
+        own = hidden.dtype if torch.is_autocast_enabled(hidden.device.type) else self.wk.weight.dtype
         k = self.wk(hidden.to(own))
         wide, norm, dtype = accumulator(hidden.dtype), self.k_norm, k.dtype
         with torch.autocast(hidden.device.type, enabled=False):
@@ -107,7 +110,11 @@ class LightningIndexer(nn.Module):
 
     def cached(self, k: Tensor) -> Tensor:
         """What a cache holds of the index keys `[B, T, E]`: themselves, or `[B, T, E + 4]` bytes of FP8 (`codec.pack`)."""
-        return codec.pack(*codec.quantise(codec.hadamard(k))) if self.score_dtype == "fp8" else k
+        return codec.pack(*self.quantised(k)) if self.score_dtype == "fp8" else k
+
+    def quantised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x `[..., E]` in FP8 as it is scored: e4m3 values and scales, after a Hadamard rotation."""
+        return codec.quantise(codec.hadamard(x), scale_format=self.scale_format)
 
     def select(
         self,
@@ -120,14 +127,16 @@ class LightningIndexer(nn.Module):
         end: Tensor,
         keep_first: int = 0,
         keep_recent: int = 0,
+        mass: float | None = None,
+        min_budget: int = 1,
         workspace_mb: int | None = None,
     ) -> Selection:
         """`skim.select` over `cached` keys `[B, S, ...]`, with the queries brought to the same precision."""
         queries: Tensor | tuple[Tensor, Tensor] = q
         keys: Tensor | tuple[Tensor, Tensor] = cached
         if self.score_dtype == "fp8":
-            queries, keys = codec.quantise(codec.hadamard(q)), codec.unpack(cached)
-        options: dict[str, Any] = {"keep_first": keep_first, "keep_recent": keep_recent, "workspace_mb": workspace_mb}
-        selection = select(queries, keys, weights, budget, start=start, end=end, **options)
+            queries, keys = self.quantised(q), codec.unpack(cached)
+        options: dict[str, Any] = {"keep_first": keep_first, "keep_recent": keep_recent, "mass": mass, "min_budget": min_budget}
+        selection = select(queries, keys, weights, budget, start=start, end=end, workspace_mb=workspace_mb, **options)
         assert isinstance(selection, Selection)
         return selection

@@ -35,11 +35,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     half = cos.shape[-1]
     shape = (*cos.shape[:2], *(1 for _ in range(x.dim() - 3)), half)
     cos, sin = cos.view(shape), sin.view(shape)
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    # split and unbind: their gradients are one copy, those of slices one each and their sum
+    turned, rest = x.split((2 * half, x.shape[-1] - 2 * half), dim=-1)
     if layout == "half":
-        a, b = turned[..., :half], turned[..., half:]
+        a, b = turned.split(half, dim=-1)
         parts = [a * cos - b * sin, b * cos + a * sin]
     else:
-        a, b = turned[..., 0::2], turned[..., 1::2]
+        a, b = turned.unflatten(-1, (half, 2)).unbind(-1)
         parts = [torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)]
     return torch.cat((*parts, rest), dim=-1).to(x.dtype)

@@ -1,0 +1,230 @@
+"""MLA models (`deepseek_v3`, and `deepseek_v32` and `glm_moe_dsa` with indexers of their own): one forward of ours, bound to each attention.
+
+A latent of 512 + 64 channels a token serves all heads, as key and (its first 512 channels) as value. Queries are brought
+into its space and outputs back out of it, instead of every latent into every head's (the absorbed form; DeepSeek-V3.2-Exp
+report, section 1). Where every row reads all its keys and the queries are many, the model's own attention runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from skim.config import Config
+from skim.huggingface.attention import autocast, expect_decided_dense, interval, original_attention, prepare, read, refuse
+from skim.huggingface.latents import append_latents, prepare_latents
+from skim.huggingface.masks import is_visibility
+from skim.huggingface.state import Forward, HandOver, State
+from skim.modules import LightningIndexer
+from skim.modules.latents import pack, unpack
+from skim.ops import codec
+
+FAMILIES = ("deepseek_v3", "deepseek_v32", "glm_moe_dsa")
+LAYOUTS = {"deepseek_v32": "half", "glm_moe_dsa": "interleaved"}  # of the families that have indexers
+SHAPES = ("index_n_heads", "index_head_dim", "rope_dim", "rope_layout")
+TRAINED_WITH = (*SHAPES, "budget", "pattern")
+INDEXER_KINDS = {"full": "S", "shared": "R"}
+
+
+def family(model_config: Any) -> str:
+    """A model's family; one that Skim exported is its base's."""
+    return str(model_config.model_type).removeprefix("skim_")
+
+
+def expect_supported(model_config: Any) -> None:
+    """Raise ValueError if an MLA model's settings leave Skim nothing to read with; by name."""
+    name, implementation = family(model_config), model_config._attn_implementation
+    if model_config.q_lora_rank is None:
+        raise ValueError(f"q_lora_rank: expected a {name} with a query latent, which indexers read, got None")
+    if name in LAYOUTS and implementation not in ("eager", "sdpa"):
+        raise ValueError(f"attn_implementation: expected 'eager' or 'sdpa' of {name} (Skim brings its own sparse kernels), got {implementation!r}")
+
+
+def expect_latents(model_config: Any, config: Config) -> None:
+    """Raise ValueError if `config` asks for latents in a form that this model's don't have."""
+    channels = getattr(model_config, "kv_lora_rank", None), getattr(model_config, "qk_rope_head_dim", None)
+    if config.latent_dtype == "fp8" and channels != (codec.LATENT, codec.ROPE):
+        raise ValueError(
+            f"latent_dtype: expected 'bf16' of {family(model_config)}, got 'fp8', which holds latents of {codec.LATENT} + {codec.ROPE} channels"
+        )
+
+
+def native_config(model_config: Any) -> Config:
+    """The Config of a model that has indexers."""
+    types = getattr(model_config, "indexer_types", ["full"] * model_config.num_hidden_layers)
+    interleaved = getattr(model_config, "indexer_rope_interleave", LAYOUTS[family(model_config)] == "interleaved")
+    return Config(
+        budget=model_config.index_topk,
+        index_n_heads=model_config.index_n_heads,
+        index_head_dim=model_config.index_head_dim,
+        rope_dim=model_config.qk_rope_head_dim,
+        rope_layout="interleaved" if interleaved else "half",
+        pattern=tuple(INDEXER_KINDS[kind] for kind in types),
+    )
+
+
+def expect_agreement(model: nn.Module, config: Config, fields: tuple[str, ...] = TRAINED_WITH) -> None:
+    """Raise ValueError if `config` contradicts indexers that the model has; by field."""
+    model_config: Any = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[union-attr, operator]
+    if model_config is None or family(model_config) not in LAYOUTS:
+        return
+    own = native_config(model_config)
+    for name in fields:
+        expected, got = getattr(own, name), getattr(config, name)
+        if name == "pattern":
+            got = config.letters(len(own.pattern))
+        if got != expected and not (name == "rope_dim" and got is None):
+            raise ValueError(
+                f"{name}: expected {expected!r}, which this {family(model_config)} was trained with, got {got!r}; "
+                "convert it without a config and change what may change with skim.use"
+            )
+
+
+def native_indexer(layer: Any, config: Config) -> LightningIndexer:
+    """Our indexer with the very parameters of a layer's own.
+
+    Raises:
+        ValueError: the layer has none.
+    """
+    own = layer.indexer
+    if own is None:
+        raise ValueError(f"pattern: expected 'S' only where there is an indexer, got it in layer {layer.layer_idx} without")
+    with torch.device("meta"):
+        indexer = LightningIndexer(
+            own.hidden_size,
+            n_heads=own.n_heads,
+            head_dim=own.head_dim,
+            rope_dim=own.qk_rope_head_dim,
+            rope_layout=config.rope_layout,
+            query_size=own.q_lora_rank,
+            score_dtype=config.score_dtype,
+            scale_format=config.scale_format,
+        )
+    _hand_parameters(own, indexer)
+    return indexer.train(layer.training)
+
+
+def _hand_parameters(giver: nn.Module, taker: nn.Module) -> None:
+    for name, parameter in giver.named_parameters():
+        owner, _, last = name.rpartition(".")
+        setattr(taker.get_submodule(owner), last, parameter)
+
+
+def bind(layer: Any, indexer: LightningIndexer | None) -> None:
+    """Let an attention module run our forward, with `indexer` as its submodule of that name."""
+    if hasattr(layer, "indexer"):
+        layer.skim_own_indexer = (layer.indexer,)  # in a tuple it is no submodule, so its parameters aren't named twice
+        del layer.indexer
+    if indexer is not None:
+        layer.indexer = indexer
+    setattr(layer, _entry(layer), partial(forward, layer))
+
+
+def release(layer: Any) -> None:
+    """Undo `bind`."""
+    indexer = layer.__dict__["_modules"].pop("indexer", None)
+    if hasattr(layer, "skim_own_indexer"):
+        (layer.indexer,) = layer.skim_own_indexer
+        del layer.skim_own_indexer
+        if indexer is not None:
+            _hand_parameters(indexer, layer.indexer)
+    for name in ("forward", "_old_forward"):
+        bound = layer.__dict__.get(name)
+        if isinstance(bound, partial) and bound.func is forward:
+            delattr(layer, name)
+            if name == "_old_forward":
+                layer._old_forward = type(layer).forward.__get__(layer)
+
+
+def _entry(layer: Any) -> str:
+    """The attribute that holds a module's forward: accelerate's hooks put their own in front of it."""
+    return "_old_forward" if hasattr(layer, "_old_forward") else "forward"
+
+
+def forward(
+    layer: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Any = None,
+    past_key_values: Cache | None = None,
+    *,
+    skim: Forward | None = None,
+    prev_topk_indices: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    """What stands in place of an attention module's own forward; GLM's also gives a third value, its selection, which ours has no use for."""
+    if not isinstance(skim, Forward):
+        raise ValueError(f"{type(layer).__name__}: expected a call by its decoder, which says how to read, got one from elsewhere")
+    q_latent, nope, rope, latents = _project(layer, hidden_states, position_embeddings)
+    sparse, weights = is_visibility(attention_mask), None
+    if past_key_values is not None:
+        prepare_latents(past_key_values, layer.layer_idx)
+    handed = prepare(layer, skim, past_key_values, sparse, hidden_states, position_embeddings, q_latent)
+    if past_key_values is not None:
+        latents = append_latents(past_key_values, layer.layer_idx, _cached(latents, skim.config))
+    if sparse:
+        out = _absorbed(layer, handed, nope, rope, latents, attention_mask, kwargs)
+    else:
+        out, weights = _expanded(layer, nope, rope, latents, attention_mask, kwargs)
+    out = layer.o_proj(out.reshape(*hidden_states.shape[:2], -1))
+    return (out, weights, None) if hasattr(layer, "skip_topk") else (out, weights)
+
+
+def _project(layer: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The query latent `[B, T, q]`, queries without and with rotation `[B, T, H, ·]`, and latents `[B, T, r + p]`."""
+    source = sys.modules[type(layer).__module__]
+    rotate = source.apply_rotary_pos_emb_interleave if getattr(layer.config, "rope_interleave", True) else source.apply_rotary_pos_emb
+    q_latent = layer.q_a_layernorm(layer.q_a_proj(hidden))
+    query = layer.q_b_proj(q_latent).view(*hidden.shape[:2], -1, layer.qk_head_dim)
+    nope, rope = query.split((layer.qk_nope_head_dim, layer.qk_rope_head_dim), dim=-1)
+    latent, key_rope = layer.kv_a_proj_with_mqa(hidden).split((layer.kv_lora_rank, layer.qk_rope_head_dim), dim=-1)
+    rope, key_rope = rotate(rope, key_rope[:, :, None], *position_embeddings, unsqueeze_dim=2)
+    latents = torch.cat((layer.kv_a_layernorm(latent), key_rope[:, :, 0]), dim=-1)
+    return q_latent, nope, rope, autocast(latents)
+
+
+def _cached(latents: Tensor, config: Config) -> Tensor:
+    """What a cache holds of new latents."""
+    if config.latent_dtype == "bf16":
+        return latents
+    if latents.requires_grad:
+        raise ValueError("latent_dtype: expected no gradients with 'fp8', which has none, got some; use_cache=False, or torch.no_grad()")
+    return pack(latents, config.scale_format)
+
+
+def _absorbed(layer: Any, handed: HandOver, nope: Tensor, rope: Tensor, latents: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Output `[B, T, H, V]` of Skim's attention, one key head of latents for all heads."""
+    dropout = layer.attention_dropout if layer.training else 0.0
+    refuse(layer, {**kwargs, "dropout": dropout})
+    into, out_of = _expansion(layer).split((layer.qk_nope_head_dim, layer.v_head_dim), dim=1)
+    q = autocast(torch.cat((torch.einsum("bthn,hnr->bthr", nope, into), rope), dim=-1))
+    out = read(layer, handed, q, latents[:, :, None], None, interval(mask, kwargs), scale=layer.scaling, v_channels=layer.kv_lora_rank)
+    return torch.einsum("bthr,hvr->bthv", out, out_of)
+
+
+def _expansion(layer: Any) -> Tensor:
+    """The matrix `[H, n + v, r]` that makes a latent into each head's key and value."""
+    project = layer.kv_b_proj
+    if type(project) is nn.Linear:
+        weight = project.weight
+    else:  # quantised, or with an adapter on it: what it makes of each channel
+        channels = torch.eye(layer.kv_lora_rank, dtype=layer.kv_a_layernorm.weight.dtype, device=layer.kv_a_layernorm.weight.device)
+        weight = project(channels).T
+    return weight.view(-1, layer.qk_nope_head_dim + layer.v_head_dim, layer.kv_lora_rank)
+
+
+def _expanded(layer: Any, nope: Tensor, rope: Tensor, latents: Tensor, mask: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Output `[B, T, H, V]` and weights of the attention that the model had, over every visible key."""
+    state: State = layer.skim_state
+    expect_decided_dense(state, mask, latents.shape[1])
+    query = torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), dim=-1)
+    latents = unpack(latents, query.dtype)
+    key, value = layer.expand_kv(*latents[:, None].split((layer.kv_lora_rank, layer.qk_rope_head_dim), dim=-1))
+    dropout = layer.attention_dropout if layer.training else 0.0
+    attention = original_attention(state.original, layer)
+    return attention(layer, query, key, value, mask, dropout=dropout, scaling=layer.scaling, **kwargs)
