@@ -1,5 +1,6 @@
 # make demo      sees Skim at work: a real model reads a real text (the first run installs, later ones need no network)
 # make test      runs the linter, the type checker and the tests
+# make docs      makes the manual: site/index.html
 # make clean     removes .venv
 #
 # PYTHON=python3.11        which Python makes .venv (3.10 or newer)
@@ -7,7 +8,7 @@
 # ARGS="--budget 128"      options of `skim demo`, or of pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clean FORCE
+.PHONY: help demo test browser docs clean FORCE
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,10 +35,22 @@ help:
 demo: $(VENV)/.demo
 	@$(BIN)/skim demo $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.test browser
 	@$(BIN)/python -m ruff check --output-format concise
 	@$(BIN)/python -m mypy
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The page's tests drive the system's own chromium. Whoever isn't root is told by the tests how to install it.
+browser:
+	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || { \
+		echo "Installing chromium (once)"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+		echo "Could not install chromium: the tests that need it will say so" >&2
+
+docs: $(VENV)/.docs
+	@$(BIN)/python docs/figures.py # tables and plots, if results are new
+	@$(BIN)/python -m mkdocs build --quiet --strict
+	@echo "Written to site/index.html"
 
 clean:
 	rm -rf $(VENV)
@@ -79,3 +92,8 @@ $(VENV)/.test: pyproject.toml $(VENV)/.torch
 	@echo "Installing Skim, what its tests need and the demo's model (once)"
 	@$(call install,dev)
 	@touch $(VENV)/.demo $@ # whoever can test can run the demo
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.torch
+	@echo "Installing Skim and what makes its manual (once)"
+	@$(call install,docs)
+	@touch $@

@@ -62,6 +62,16 @@ def test_doctor_says_what_to_install(monkeypatch, capsys, request):
     assert said == "reference (numba is not installed: pip install 'skim-attention[cpu]')"
 
 
+def test_doctor_says_why_a_gpu_does_not_take_the_fastest_kernels(monkeypatch, request):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    request.addfinalizer(dispatch._module.cache_clear)
+    dispatch._module.cache_clear()
+    taken = {operator: cli._taken(operator, torch.device("cuda", 0)) for operator in ("attend", "score")}
+    assert taken == {"attend": "triton (Gluon kernels here need an NVIDIA GPU of sm_90, this is sm_80)", "score": "triton"}
+
+
 def test_doctor_names_the_limits_that_kernels_have():
     pytest.importorskip("triton")
     said = cli.REFERENCE
@@ -73,8 +83,10 @@ def test_doctor_names_the_limits_that_kernels_have():
 @pytest.mark.slow
 @pytest.mark.xdist_group("smollm2")
 def test_demo_shows_that_dsa_beats_every_rule_on_a_real_model_and_text(monkeypatch, capsys, tmp_path):
-    assert run(monkeypatch, "demo", "--tokens", "512", "--budget", "64", "--json", str(tmp_path / "demo.json")) == 0
+    page = tmp_path / "page.html"
+    assert run(monkeypatch, "demo", "--tokens", "512", "--budget", "64", "--json", str(tmp_path / "demo.json"), "--page", str(page)) == 0
     printed = capsys.readouterr().out
+    assert f"open {page.as_uri()} in a browser" in printed and "What <bdi>smollm2-135m</bdi> read of <bdi>persuasion</bdi>" in page.read_text()
     assert "With DSA it goes on" in printed and "keys of the" in printed and "dense attention" in printed
     result = json.loads((tmp_path / "demo.json").read_text())
     assert (result["model"], result["tokens"], result["budget"]) == ("smollm2-135m", 512, 64)

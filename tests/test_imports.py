@@ -26,9 +26,11 @@ MAY_IMPORT = {
     "selection": set(),
     "ops": {"selection"},
     "modules": {"ops"} | BOTTOM,
+    "compat": {"ops"} | BOTTOM,
     "huggingface": {"modules", "ops"} | BOTTOM,
     "parallel": {"modules", "ops"} | BOTTOM,
     **{use: MODELS for use in USES},
+    "report": MODELS | {"evaluation"},  # it draws what was evaluated
     "<root>": MODELS | USES,
     "cli": MODELS | USES | {"<root>"},
     "__main__": {"cli"},

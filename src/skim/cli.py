@@ -70,6 +70,7 @@ def demo(
     tokens: Annotated[int, typer.Option(min=64, help="How much of the text to read.")] = 4096,
     budget: Annotated[int, typer.Option(min=1, help="Keys that each query reads.")] = 256,
     text: Annotated[str, typer.Option(help="A UTF-8 file, or a text in the package: persuasion, sqlite-fts5.")] = "persuasion",
+    page: Annotated[str, typer.Option(metavar="FILE.html", help="The page that shows what was read.")] = "skim-demo.html",
     json_file: Json = None,
 ) -> None:
     """See DSA at work: a real model reads a long text, densely, with DSA and with simpler patterns at the same budget."""
@@ -89,15 +90,29 @@ def demo(
     console.print("\nWith DSA it goes on:")
     cache.crop(-1)  # the last token is read again: generate() wants one that is new
     _stream(model, tokenizer, read, 64, budget, console, console.file, cache)
+    from skim.report import Cost
+
+    cost = [Cost(row["pattern"], row["keys_per_query"], row["seconds"], row["perplexity"]) for row in rows]
+    _show(model, tokenizer, read, page, budget, console, cost, model_name="smollm2-135m", text=text, dense=True)
 
 
 @app.command("eval")
 def evaluate_command(
     model_name: Model,
     adapter: Adapter = None,
-    text: Annotated[list[str] | None, typer.Option(help="UTF-8 files, folders or texts in the package; several, each a domain.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="UTF-8 files, folders, .jsonl files of texts or chats, or texts in the package; several, each a domain.")
+    ] = None,
     budget: Annotated[list[int] | None, typer.Option(min=1, help="Keys for each query; give it several times.")] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="dense, dsa, window, sinks, blocks, random, oracle; all by default.")] = None,
+    mass: Annotated[
+        list[float] | None, typer.Option(help="Adaptive budget: the fewest keys that hold this share of the indexer's softmax; several times.")
+    ] = None,
+    min_budget: Annotated[int, typer.Option(min=1, help="Keys that an adaptive budget has at least.")] = 1,
+    max_budget: Annotated[int | None, typer.Option(min=1, help="Keys that it has at most; four times the largest --budget by default.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare next tokens' distributions with this model's on the same windows.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=64, help="How much to read at once: a window.")] = 4096,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 1,
     tasks: Annotated[str | None, typer.Option(help="Retrieval: passkey,multikey,multivalue,tracking or all; without --text nothing else.")] = None,
@@ -114,34 +129,69 @@ def evaluate_command(
     if any(not length.strip().isdigit() for length in lengths.split(",")):
         raise ValueError(f"lengths: expected numbers of tokens such as 2048,4096, got {lengths!r}")
     model, tokenizer = _load(model_name, adapter, console)
-    from skim.evaluation import PATTERNS, TASKS, show
+    from skim.evaluation import PATTERNS, TASKS, Adaptive, show
     from skim.evaluation import plot as draw
+    from skim.evaluation import windows as windows_of
     from skim.evaluation.retrieval import SENTENCES
     from skim.evaluation.texts import DEMO_TEXT, read_text
 
     budgets, patterns = list(dict.fromkeys(budget or [256])), list(dict.fromkeys(pattern or PATTERNS))
     result: dict[str, Any] = {"model": model_name, "results": []}
+    adaptive = [Adaptive(share, min_budget, max_budget or 4 * max(budgets)) for share in dict.fromkeys(mass or [])]
+    if adaptive:
+        skim.use(model, mass=None, min_budget=1)  # what is fixed beside them stays fixed, whatever the adapter says
     measured: dict[int, Any] = {}
+    pairs: list[Any] = []
     answered: list[Any] = []
-    if text or not tasks:
-        measured, figures = _measure(model, tokenizer, text or [DEMO_TEXT], tokens, windows, budgets, patterns, console)
+    if text or against or not tasks:
+        chosen = windows_of(tokenizer, text or [DEMO_TEXT], tokens, windows)
+        measured, pairs, figures = _measure(model, chosen, budgets, adaptive, patterns, console)
         result |= figures
         for entry in result["results"]:
             entry["model"] = model_name
         for keys, rows in measured.items():
             for table in show.quality(keys, rows, [entry for entry in result["results"] if entry["budget"] == keys]):
                 console.print(table)
+        if pairs:
+            console.print(show.adaptive(pairs))
+        if against:
+            agreed = _agree(model, against, chosen, budgets, console)
+            console.print(show.agreement(against, agreed))
+            rows = [{"text": domain, "pattern": read, "budget": keys, **found.to_dict()} for domain, read, keys, found in agreed]
+            result["agreement"] = {"against": against, "rows": rows}
     if tasks:
         names = TASKS if tasks == "all" else [name.strip() for name in tasks.split(",")]
         choices = {"depths": depths, "samples": samples, "seed": seed}
         around = SENTENCES if filler is None else read_text(filler)
         asked = [int(length) for length in lengths.split(",")]
-        answered = _ask(console, model, tokenizer, budgets, patterns, names, asked, filler=around, **choices)
+        answered = _ask(console, model, tokenizer, [*budgets, *adaptive], patterns, names, asked, filler=around, **choices)
         console.print(show.retrieval(answered))
         result["retrieval"] = {**choices, "filler": filler, "interval": show.RETRIEVAL_INTERVAL, "rows": [row.to_dict() for row in answered]}
     _write_json(json_file, result)
     if plot:
-        draw(plot, measured, answered)
+        draw(plot, measured, answered, pairs)
+
+
+@app.command("show")
+def show_command(
+    model_name: Model,
+    adapter: Adapter = None,
+    text: Annotated[str, typer.Option(help="A UTF-8 file, or a text in the package: persuasion, sqlite-fts5.")] = "persuasion",
+    out: Annotated[str, typer.Option(metavar="FILE.html", help="The page.")] = "skim.html",
+    tokens: Annotated[int, typer.Option(min=2, help="How much of the text to read.")] = 4096,
+    budget: Annotated[int | None, typer.Option(min=1, help="Keys that each query reads; by default the adapter's.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Also what dense attention wanted and DSA passed over; takes longer.")] = False,
+    eval_file: Annotated[str | None, typer.Option("--eval", metavar="FILE.json", help="Show the quality that `skim eval --json` measured.")] = None,
+) -> None:
+    """Write a page that shows which keys each token read, layer by layer; it opens in any browser, without a network."""
+    console = Console()
+    model, tokenizer = _load(model_name, adapter, console)
+    from skim.evaluation.texts import first_tokens, read_text
+    from skim.report import quality_of
+
+    quality = None if eval_file is None else quality_of(json.loads(Path(eval_file).read_text(encoding="utf-8")))
+    read = first_tokens(tokenizer, read_text(text), tokens).to(model.device)
+    _show(model, tokenizer, read, out, budget, console, None, model_name=model_name, text=text, dense=dense, quality=quality)
 
 
 @app.command()
@@ -351,12 +401,13 @@ def diagnosis() -> dict[str, dict[str, Any]]:
 
 
 def _taken(operator: str, device: torch.device) -> str:
-    """What `impl="auto"` takes; if that is the reference, with the reason."""
+    """What `impl="auto"` takes, with the reason where there is something faster that cannot run here."""
     taken = dispatch.choice(operator, device)
-    if taken != "reference":
+    faster = {"triton": "hopper", "reference": "numba" if device.type == "cpu" else "triton"}.get(taken)
+    if faster is None or (faster == "hopper" and util.find_spec(f"skim.ops.{operator}.hopper") is None):
         return taken
     try:
-        dispatch.implementation(operator, "numba" if device.type == "cpu" else "triton", device)
+        dispatch.implementation(operator, faster, device)
     except ValueError as error:
         taken += f" ({str(error).partition(f' on {device}: ')[2]})"
     return taken
@@ -381,6 +432,14 @@ def _console(json_file: str | None) -> Console:
 
 def _load(name: str, adapter: str | None, console: Console, dtype: torch.dtype | None = None, device: str | None = None) -> tuple[Any, Any]:
     """The model with its indexers, unless told otherwise on a GPU in bf16, or without one on the CPU in float32 (faster there)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = _load_base(name, console, dtype or (torch.bfloat16 if device == "cuda" else torch.float32), device)
+    skim.load(model, adapter or name)
+    return model, tokenizer
+
+
+def _load_base(name: str, console: Console, dtype: torch.dtype, device: Any) -> tuple[Any, Any]:
+    """The model as it is, and its tokenizer."""
     if util.find_spec("transformers") is None:
         raise ImportError("transformers is needed to load a model: pip install 'skim-attention[hf]'")
     from transformers.utils import logging
@@ -389,12 +448,8 @@ def _load(name: str, adapter: str | None, console: Console, dtype: torch.dtype |
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     with console.status(f"Loading {name} ..."), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        model, tokenizer = load_model(name, dtype=dtype, device=device)
-    skim.load(model, adapter or name)
-    return model, tokenizer
+        return load_model(name, dtype=dtype, device=device)
 
 
 def _evaluate(model: Any, tokens: torch.Tensor, budget: int, patterns: list[str] | None, console: Console, cache: Any = None) -> list[dict[str, Any]]:
@@ -415,15 +470,40 @@ def _evaluate(model: Any, tokens: torch.Tensor, budget: int, patterns: list[str]
 
 
 def _measure(
-    model: Any, tokenizer: Any, texts: list[str], size: int, count: int, budgets: list[int], patterns: list[str], console: Console
-) -> tuple[dict[int, Any], dict[str, Any]]:
-    """Perplexity and mass of each pattern: by budget over all windows, and as JSON by text too."""
-    from skim.evaluation import readings, show, summarise, windows
+    model: Any, chosen: list[Any], budgets: list[int], adaptive: list[Any], patterns: list[str], console: Console
+) -> tuple[dict[int, Any], list[Any], dict[str, Any]]:
+    """Perplexity and mass of each pattern: by budget over all windows, adaptive budgets with their equals, and as JSON by text too."""
+    from statistics import fmean
+
+    from skim.evaluation import equal_budget, pair, show, summarise
+
+    found = _read(model, chosen, [*budgets, *adaptive], patterns, console)
+    sizes, documents = [window.tokens.shape[1] for window in chosen], [window.document for window in chosen]
+    equal = {one: equal_budget(fmean(r.keys_per_query for of in found for r in of if r.budget == one), sizes) for one in adaptive}
+    if missing := sorted(set(equal.values()) - set(budgets if "dsa" in patterns else [])):
+        for before, more in zip(found, _read(model, chosen, missing, ["dsa"], console)):
+            before += more
+    results = []
+    for name in dict.fromkeys(window.domain for window in chosen):
+        own = [i for i, window in enumerate(chosen) if window.domain == name]
+        for budget in budgets:
+            rows = [row.to_dict() for row in summarise([found[i] for i in own], budget, documents=[documents[i] for i in own])]
+            results.append({"text": name, "tokens": sizes[own[0]], "budget": budget, "windows": len(own), "rows": rows})
+    whole = {budget: summarise(found, budget, documents=documents) for budget in budgets}
+    overall = [{"budget": budget, "windows": len(found), "rows": [row.to_dict() for row in rows]} for budget, rows in whole.items()]
+    pairs = [pair(found, one, fixed, documents) for one, fixed in equal.items()]
+    read = [{"text": window.domain, "document": document, "tokens": size} for window, document, size in zip(chosen, documents, sizes)]
+    told = {"results": results, "overall": overall, "windows": read, "adaptive": [one.to_dict() for one in pairs]}
+    return whole, pairs, {**told, "interval": show.QUALITY_INTERVAL}
+
+
+def _read(model: Any, chosen: list[Any], budgets: list[Any], patterns: list[str], console: Console) -> list[list[Any]]:
+    """What `readings` gives of each window, its progress on the console."""
+    from skim.evaluation import readings
+    from skim.evaluation.table import reads_of
     from skim.huggingface.state import converted_layers
 
-    chosen = windows(tokenizer, texts, size, count)
-    sparse = len(budgets) * len(set(patterns) - {"dense"})
-    passes = sparse + ("dense" in patterns) + (sparse > 0)  # one more measures the attention mass
+    passes = len(reads_of(budgets, patterns)) + 1  # one more measures the attention mass
     found = []
     with Progress(*_COLUMNS, TextColumn("layers"), TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=len(chosen) * passes * len(converted_layers(model)))
@@ -431,15 +511,23 @@ def _measure(
             for i, window in enumerate(chosen):
                 progress.update(task, description=f"window {i + 1} of {len(chosen)}")
                 found.append(list(readings(model, window.tokens.to(model.device), budgets, patterns)))
-    results = []
-    for name in dict.fromkeys(window.domain for window in chosen):
-        own = [i for i, window in enumerate(chosen) if window.domain == name]
+    return found
+
+
+def _agree(model: Any, name: str, chosen: list[Any], budgets: list[int], console: Console) -> list[tuple[str, str, int | None, Any]]:
+    """Text, pattern, budget and how near the model is to the model `name` on the text's windows."""
+    from skim.evaluation import agreement
+
+    reference, _ = _load_base(name, console, model.dtype, model.device)
+    found: list[tuple[str, str, int | None, Any]] = []
+    for domain in dict.fromkeys(window.domain for window in chosen):
+        rows = [window.tokens for window in chosen if window.domain == domain]
+        with skim.use(model, mode="dense"):
+            found.append((domain, "dense", None, agreement(model, reference, rows)))
         for budget in budgets:
-            rows = [row.to_dict() for row in summarise([found[i] for i in own], budget)]
-            results.append({"text": name, "tokens": chosen[own[0]].tokens.shape[1], "budget": budget, "windows": len(own), "rows": rows})
-    whole = {budget: summarise(found, budget) for budget in budgets}
-    overall = [{"budget": budget, "windows": len(found), "rows": [row.to_dict() for row in rows]} for budget, rows in whole.items()]
-    return whole, {"results": results, "overall": overall, "interval": show.QUALITY_INTERVAL}
+            with skim.use(model, mode="sparse", budget=budget):
+                found.append((domain, "dsa", budget, agreement(model, reference, rows)))
+    return found
 
 
 def _ask(console: Console, *asked: Any, **choices: Any) -> list[Any]:
@@ -519,8 +607,41 @@ def _stream(
     counter = Counter(by_indexer)
     with skim.use(model, budget=budget, selector=counter):
         model.generate(tokens, attention_mask=mask, **options)
-    share = counter.keys / max(1, counter.visible)
-    console.print(f"A query read {counter.mean():,.0f} keys of the {counter.visible / max(1, counter.queries):,.0f} before it ({share:.1%}).")
+    keys, visible, queries = counter.totals()
+    share = keys / max(1, visible)
+    console.print(f"A query read {counter.mean():,.0f} keys of the {visible / max(1, queries):,.0f} before it ({share:.1%}).")
+
+
+def _show(
+    model: Any,
+    tokenizer: Any,
+    tokens: torch.Tensor,
+    path: str,
+    budget: int | None,
+    console: Console,
+    cost: list[Any] | None,
+    *,
+    model_name: str,
+    text: str,
+    dense: bool,
+    quality: Any = None,
+) -> None:
+    """Write the page of what the model reads of `tokens` `[1, T]`, the beginning of `text`, and say where it is."""
+    from skim.evaluation.texts import read_text
+    from skim.huggingface.state import converted_layers, state_of
+    from skim.report import collect, measure, pieces, write_page
+
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"a CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    words = pieces(tokenizer, read_text(text), tokens.shape[1])
+    with skim.use(model, budget=budget or state_of(model).config.budget):
+        with Progress(*_COLUMNS, TextColumn("layers"), TimeElapsedColumn(), console=console, transient=True) as progress:
+            task = progress.add_task("what was read", total=len(converted_layers(model)))
+            with _layer_ticks(model, lambda: progress.advance(task)):
+                read = collect(model, tokens, dense=dense)
+        with console.status("Measuring, dense and with DSA ..."):
+            cost = cost or measure(model, tokens, read)
+    page = write_page(path, read, words, cost, model=Path(model_name).name, text=Path(text).name, device=device, quality=quality)
+    console.print(f"\nWhat it read: open {page.resolve().as_uri()} in a browser.", highlight=False, soft_wrap=True)
 
 
 def _write_json(file: str | None, value: Any) -> None:
