@@ -1,0 +1,155 @@
+"""The manual: its code runs and prints what it says, its commands exist, its figures are those of the committed results."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from skim.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+FENCE = re.compile(r"^```(?P<kind>[\w-]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+INDENTED = re.compile(r"^    (?P<command>skim .*)$", re.MULTILINE)
+MOST_BYTES = 300_000  # of a picture
+
+
+class Block(NamedTuple):
+    """A fenced block of a page; `line` is that of its first line of code."""
+
+    kind: str
+    code: str
+    line: int
+
+
+def blocks(text: str) -> list[Block]:
+    return [Block(found["kind"], found["code"], text.count("\n", 0, found.start("code")) + 1) for found in FENCE.finditer(text)]
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def run(page: str, text: str) -> Iterator[tuple[str, str]]:
+    """Runs a page's Python blocks one after the other in one namespace: what each printed, and what the page says of it."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    found = blocks(text)
+    for block, following in zip(found, [*found[1:], Block("", "", 0)]):
+        if block.kind == "python":
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile("\n" * (block.line - 1) + block.code, page, "exec"), names)  # so that a traceback names the page's line
+            if following.kind == "output":
+                yield printed.getvalue(), following.code
+
+
+def commands(text: str) -> list[str]:
+    """Every `skim ...` in a block for a shell or an indented one; a line that ends in a backslash goes on."""
+    shell = "\n".join(block.code for block in blocks(text) if block.kind in ("bash", "sh", "console"))
+    lines = [line.strip() for line in shell.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("skim ")] + [found["command"] for found in INDENTED.finditer(text)]
+
+
+def exit_code(command: str) -> int:
+    """Of the command with --help behind it, which names a wrong command or option and does nothing else."""
+    return CliRunner().invoke(app, [*shlex.split(command, comments=True)[1:], "--help"]).exit_code
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_blocks_run_and_print_what_the_page_says(page: Path) -> None:
+    for printed, said in run(str(page), read(page)):
+        assert printed == said
+
+
+def test_a_block_that_prints_something_else_is_found() -> None:
+    page = "```python\nx = 1\n```\n\nand\n\n```python\nprint(x + 1)\n```\n\n```output\n3\n```\n"
+    assert list(run("page", page)) == [("2\n", "3\n")]
+    with pytest.raises(NameError):
+        list(run("page", "```python\nnowhere\n```\n"))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_commands_and_their_options_exist(page: Path) -> None:
+    for command in commands(read(page)):
+        assert exit_code(command) == 0, command
+
+
+@pytest.mark.parametrize("command", ["skim shwo x", "skim eval smollm2-135m --budgets 3", "skim train cold x"])
+def test_a_wrong_command_is_found(command: str) -> None:
+    assert exit_code(command) == 2
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", read(page)):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def figures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs/figures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["figures"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_those_of_the_committed_results(figures: ModuleType) -> None:
+    for page in figures.pages():
+        assert figures.filled(read(page)) == read(page), f"{page.name} differs from benchmarks/results: run python docs/figures.py"
+
+
+def test_a_figure_that_was_changed_by_hand_is_found(figures: ModuleType) -> None:
+    page = read(ROOT / "docs/performance.md")
+    assert figures.filled(page.replace("NVIDIA H200", "NVIDIA H300")) == page
+
+
+def test_plots_are_drawn_from_the_committed_results(figures: ModuleType) -> None:
+    assert json.loads(figures.DRAWN_FROM.read_text()) == figures.plotted(), "run python docs/figures.py"
+    assert all((figures.PLOTS / name).is_file() for name in figures.plotted())
+
+
+def test_plots_can_be_drawn(figures: ModuleType, tmp_path: Path) -> None:
+    for name in figures.plotted():
+        figures.draw(name, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_every_result_has_its_command_and_is_named_on_the_page(figures: ModuleType) -> None:
+    page = read(ROOT / "docs/performance.md")
+    for name, result in figures.results().items():
+        assert result["command"] and f"`{name}.json`" in page
+
+
+def test_measured_figures_stand_only_in_tables_made_from_results(figures: ModuleType) -> None:
+    for name in ("performance.md", "faq.md", "how-dsa-works.md"):
+        prose = figures.MARK.sub("", read(ROOT / "docs" / name))
+        assert re.findall(r"\d[\d.,]* ?(?:ms|TFLOPS|TB/s|GiB|MiB|nats|times as fast)\b", prose) == []
+
+
+def test_pictures_are_light() -> None:
+    for picture in (ROOT / "docs/img").iterdir():
+        assert picture.stat().st_size < MOST_BYTES, picture.name
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    assert "softmax" in (tmp_path / "operators.html").read_text(encoding="utf-8")  # of the docstrings
+    assert "<math" in (tmp_path / "how-dsa-works.html").read_text(encoding="utf-8")
