@@ -199,6 +199,9 @@ def model(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype = torch.f
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    for layer in made.model.layers:  # transformers leaves them at 1e-6
+        for norm in (layer.self_attn.q_a_layernorm, layer.self_attn.kv_a_layernorm):
+            norm.variance_epsilon = config.rms_norm_eps
     weights = plain(tensors)
     with torch.no_grad():
         for name, parameter in made.state_dict().items():

@@ -51,6 +51,24 @@ def test_in_bf16_what_must_stay_in_float32_does(family, tmp_path):
         assert torch.equal(value, there[name].to(value.dtype)), name
 
 
+@every_family
+def test_trap_04_latents_are_normalised_with_the_eps_of_the_config(family, tmp_path):
+    publish(tmp_path, family)
+    model = read(tmp_path)
+    norms = [m for name, m in model.named_modules() if name.endswith("norm") and "indexer" not in name]
+    assert len(norms) == 4 * published.LAYERS + 1
+    assert {norm.variance_epsilon for norm in norms} == {1e-5 if family == "glm_moe_dsa" else 1e-6}
+    assert {layer.self_attn.indexer.k_norm.eps for layer in skim.convert(model).model.layers[:2]} == {1e-6}, "not the model's"
+
+
+@every_family
+def test_a_copy_that_is_saved_promises_no_multi_token_prediction(family, tmp_path):
+    publish(tmp_path / "published", family)
+    assert AutoConfig.from_pretrained(tmp_path / "published").num_nextn_predict_layers == 1
+    skim.convert(read(tmp_path / "published")).save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
 def test_load_model_reads_them_and_nothing_marks_the_model_as_quantised(tmp_path, monkeypatch):
     tensors = publish(tmp_path / "published")
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: "words")

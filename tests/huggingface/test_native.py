@@ -15,6 +15,7 @@ from tiny_native import LAYOUTS, SHARED, TOPK, differing, flatten_scores, random
 from torch import Tensor
 
 import skim
+from skim.huggingface import attention, mla
 
 LENGTH = 5 * TOPK
 every_family = pytest.mark.parametrize("family", LAYOUTS)
@@ -296,6 +297,59 @@ def test_a_matrix_with_an_adapter_on_it_is_read_with_the_adapter(family):
     with skim.use(model, mode="sparse", budget=LENGTH - 1 if family == "deepseek_v3" else TOPK):
         found = logits(model, ids)[:, :-1]
     assert error(found, expected[:, :-1]) < 1e-4
+
+
+@every_family
+def test_indexers_with_an_adapter_on_them_or_quantised_are_refused_by_name(family):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(random_native(family), peft.LoraConfig(r=2, target_modules=["wk"]))
+    with pytest.raises(ValueError, match="model: expected plain weights in its indexers, got Linear as wk of layer 0; .*skim.load_model"):
+        skim.convert(model)
+    assert not any(hasattr(m, "skim_state") for m in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", *LAYOUTS])
+def test_attention_weights_that_are_offloaded_are_refused_by_name(family):
+    accelerate = pytest.importorskip("accelerate")
+    model = build(family) if family == "llama" else random_native(family)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="model: expected attention weights on a device, got those of layer 0 offloaded by its device_map"):
+        skim.convert(model)
+
+
+def test_only_experts_may_be_offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    model = random_native("deepseek_v32", index_n_heads=16)
+    expected = logits(model, tokens(2, LENGTH))
+    for layer in model.model.layers:
+        accelerate.cpu_offload(layer.mlp, execution_device=torch.device("cpu"))
+    assert error(logits(skim.convert(model), tokens(2, LENGTH)), expected) < 1e-4
+
+
+@pytest.mark.parametrize("latent_dtype", ["bf16", "fp8"])
+@every_family
+def test_queries_are_absorbed_within_the_workspace(family, latent_dtype, monkeypatch):
+    """Piece by piece, which changes nothing; a layer that reuses a selection reads each piece's."""
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128, "index_n_heads": 16}
+    shared = {"num_hidden_layers": 4, "indexer_types": SHARED} if family == "glm_moe_dsa" else {}
+    ours, ids, pieces = converted(random_native(family, **sizes, **shared)), tokens(2, 5 * LENGTH), []
+    skim.use(ours, latent_dtype=latent_dtype)
+    expected = logits(ours, ids, use_cache=True)
+    whole = mla.read
+    monkeypatch.setattr(mla, "read", lambda layer, handed, q, *args, **options: pieces.append(q) or whole(layer, handed, q, *args, **options))
+    with skim.use(ours, workspace_mb=1):
+        found = logits(ours, ids, use_cache=True)
+    assert error(found, expected) < 1e-6
+    assert sum(q.shape[1] for q in pieces) == ids.shape[1] * len(ours.model.layers) and len(pieces) > 2 * len(ours.model.layers)
+    assert max(q.nbytes for q in pieces) < 1 << 20
+
+
+def test_a_selection_follows_the_layer_that_reuses_it():
+    """To another device, where a model is spread over several."""
+    selection = skim.Selection(torch.zeros(1, 1, 1, 4, dtype=torch.int32), torch.ones(1, 1, 1, dtype=torch.int32))
+    assert attention._here(selection, torch.device("cpu")) is selection
+    moved = attention._here(selection, torch.device("meta"))
+    assert {moved.indices.device.type, moved.counts.device.type} == {"meta"}
 
 
 def test_a_hook_of_accelerate_stays_in_front_of_our_forward():

@@ -115,6 +115,36 @@ def test_a_new_token_copies_no_earlier_one():
     assert torch.equal(layer.keys[:, :, :LENGTH], expected)
 
 
+class Waits(TorchDispatchMode):
+    """How often Python asks for a tensor's value, which on a GPU waits for everything before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"latent_dtype": "fp8", "score_dtype": "fp8"}], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@every_family
+def test_no_layer_makes_a_decoding_step_wait_for_the_device(family, kind, settings):
+    found = []
+    for layers in (1, 3):
+        shared = {"indexer_types": ["full", "shared", "full"][:layers]} if family == "glm_moe_dsa" else {}
+        sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128, "first_k_dense_replace": layers, "num_hidden_layers": layers}
+        ours = skim.convert(random_native(family, **sizes, **shared))
+        skim.use(ours, **settings)
+        cache = DynamicCache() if kind == "dynamic" else StaticCache(ours.config, LENGTH + 1)
+        filled(ours, cache, (LENGTH,))
+        with Waits() as waits, torch.no_grad():
+            ours(IDS[:, -1:], past_key_values=cache)
+        found.append(waits.count)
+    assert found[0] == found[1]
+
+
 def test_a_copied_cache_goes_its_own_way():
     ours, cache = pair("deepseek_v32")[1], DynamicCache()
     filled(ours, cache, (LENGTH - 2, 1, 1), torch.ones_like(MASK))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from reference_math import error
-from tiny import logits, recorded, tokens
+from tiny import MLA, build, convert, logits, recorded, tokens
 from tiny_native import LAYOUTS, SHARED, TOPK, random_native
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +31,22 @@ def test_a_converted_model_saved_whole_is_its_familys_checkpoint(family, tmp_pat
     assert loaded.config.model_type == family
     assert torch.equal(logits(loaded, IDS), expected)
     assert error(logits(skim.convert(loaded), IDS), expected) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", *LAYOUTS])
+def test_its_config_says_nothing_of_the_conversion(family, tmp_path):
+    model = build(family, "eager", **MLA) if family == "deepseek_v3" else native(family)
+    model.save_pretrained(tmp_path / "before")
+    expected = model.config.to_dict()
+    skim.use(convert(model) if family == "deepseek_v3" else skim.convert(model), budget=5, mode="sparse")
+    other = copy.deepcopy(model)
+    skim.use(other, budget=3)
+    for one, name in ((model, "one"), (other, "other")):
+        assert one.config.to_dict() == expected
+        one.config.save_pretrained(tmp_path / name)
+        assert (tmp_path / name / "config.json").read_bytes() == (tmp_path / "before" / "config.json").read_bytes()
+    assert (model.config.skim_limit, other.config.skim_limit) == (5, 3)
+    assert skim.revert(model).config.to_dict() == expected and not {"skim_limit", "to_dict"} & set(vars(model.config))
 
 
 @every_family

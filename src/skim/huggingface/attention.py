@@ -191,40 +191,66 @@ def read(module: nn.Module, skim: HandOver, q: Tensor, k: Tensor, v: Tensor | No
 
     Keys may be FP8 rows of an MLA model's cache. `options` are the operators': scale, and sink or v_channels.
     """
-    forward, layer, indexer = skim.forward, int(module.layer_idx), getattr(module, "indexer", None)  # type: ignore[arg-type]
-    config, letter = forward.config, forward.letters.get(layer, "F")
-    index = skim.index
-    if index is not None and index.k.shape[1] > k.shape[1]:  # a sliding cache gives up keys that the index cache still has
-        index = IndexTensors(index.q, index.k[:, -k.shape[1] :], index.weights)
+    forward, (start, end) = skim.forward, visible
     if forward.selector is not None or forward.recording:
         k = unpack(k, q.dtype)
-    (start, end), scale = visible, options["scale"]
-    options["workspace_mb"] = config.workspace_mb
-    selection = None
-    keeps_all = forward.selector is None and not forward.recording and k.shape[1] <= config.fewest
-    if letter != "F" and not keeps_all and (forward.mode == "sparse" or forward.selector is not None):
-        source = source_of(layer, forward.letters)
-        if source in forward.selections:
-            selection = forward.selections[source]
-        else:
-            if index is not None and index.k.shape[1] < k.shape[1]:
-                raise ValueError(f"past_key_values: expected a transformers Cache, got {index.k.shape[1]} index keys beside {k.shape[1]} keys")
-            select = forward.selector or by_indexer
-            selection = select(LayerInputs(layer, q, k, scale, config, indexer, index), start, end)
-            if selection is not None and "R" in forward.letters.values():
-                forward.selections[source] = selection
+    options["workspace_mb"] = forward.config.workspace_mb
+    selection = _selection(module, skim, q, k, visible, options["scale"])
     if selection is None:
         out, lse = attend_dense(q, unpack(k, q.dtype), v, start=start, end=end, **options)
     else:
         keys, picks = unpack_read(k, selection, q.dtype)
         out, lse = attend(q, keys, v, picks, **options)
-    if not forward.recording:
-        return out
+    return _aligned(module, skim, q, k, visible, selection, out, lse, options["scale"]) if forward.recording else out
+
+
+def _selection(module: nn.Module, skim: HandOver, q: Tensor, k: Tensor, visible: tuple[Tensor, Tensor], scale: float) -> Selection | None:
+    """What an attention module's queries read: its own choice, or that of the layer whose selection it reuses; None is every visible key."""
+    forward, layer, indexer = skim.forward, int(module.layer_idx), getattr(module, "indexer", None)  # type: ignore[arg-type]
+    keeps_all = forward.selector is None and not forward.recording and k.shape[1] <= forward.config.fewest
+    selects = forward.mode == "sparse" or forward.selector is not None
+    if forward.letters.get(layer, "F") == "F" or keeps_all or not selects:
+        return None
+    place = source_of(layer, forward.letters), skim.first
+    if place in forward.selections:
+        return _here(forward.selections[place], q.device)
+    index = _index(skim, k)
+    if index is not None and index.k.shape[1] < k.shape[1]:
+        raise ValueError(f"past_key_values: expected a transformers Cache, got {index.k.shape[1]} index keys beside {k.shape[1]} keys")
+    select = forward.selector or by_indexer
+    selection = select(LayerInputs(layer, q, k, scale, forward.config, indexer, index), *visible)
+    if selection is not None and "R" in forward.letters.values():
+        forward.selections[place] = selection
+    return selection
+
+
+def _index(skim: HandOver, k: Tensor) -> IndexTensors | None:
+    """The index tensors for keys k: a sliding cache gives up keys that the index cache still has."""
+    index = skim.index
+    if index is None or index.k.shape[1] <= k.shape[1]:
+        return index
+    return IndexTensors(index.q, index.k[:, -k.shape[1] :], index.weights)
+
+
+def _aligned(
+    module: nn.Module,
+    skim: HandOver,
+    q: Tensor,
+    k: Tensor,
+    visible: tuple[Tensor, Tensor],
+    selection: Selection | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Tensor:
+    """out, with the alignment loss of the indexer that this layer reads by."""
+    forward, layer, indexer = skim.forward, int(module.layer_idx), getattr(module, "indexer", None)  # type: ignore[arg-type]
+    letter = forward.letters.get(layer, "F")
     if forward.keeping and selection is not None:
         record.keep(forward.serial, layer, selection)
     if letter == "F" or skim.aligned:
         return out
-    source, unquantised = source_of(layer, forward.letters), skim.unquantised
+    source, index, unquantised = source_of(layer, forward.letters), _index(skim, k), skim.unquantised
     if letter == "R" and source in forward.inputs:
         # Made again from the inputs instead of handed on, so that each layer's loss has a graph of its own.
         indexer, inputs = forward.inputs[source]
@@ -235,20 +261,10 @@ def read(module: nn.Module, skim: HandOver, q: Tensor, k: Tensor, v: Tensor | No
         return out
     if unquantised.shape[1] != k.shape[1]:
         raise ValueError("past_key_values: expected a forward pass from the first token inside skim.record, got one that continues a cache")
+    index = IndexTensors(index.q, unquantised, index.weights)
+    start, end = visible
     with torch.enable_grad():
-        loss = align(
-            q,
-            k,
-            index.q,
-            unquantised,
-            index.weights,
-            start=start,
-            end=end,
-            selection=selection,
-            lse=lse,
-            scale=scale,
-            workspace_mb=config.workspace_mb,
-        )
+        loss = align(q, k, *index, start=start, end=end, selection=selection, lse=lse, scale=scale, workspace_mb=forward.config.workspace_mb)
         loss = loss / _served(source, forward.letters)
     skim.aligned = True  # some attentions are called twice in a layer (DiffLlama); it is aligned once
     if not forward.tied:
@@ -258,6 +274,13 @@ def read(module: nn.Module, skim: HandOver, q: Tensor, k: Tensor, v: Tensor | No
     else:  # the first pass of a reentrant checkpoint
         record.note(forward.serial, layer, loss)
     return out
+
+
+def _here(selection: Selection, device: torch.device) -> Selection:
+    """A selection on the device of the layer that reuses it, which may not be its source's."""
+    if selection.indices.device == device:
+        return selection
+    return Selection(selection.indices.to(device), selection.counts.to(device))
 
 
 def _served(source: int, letters: dict[int, str]) -> int:

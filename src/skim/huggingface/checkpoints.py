@@ -36,7 +36,8 @@ class Header(NamedTuple):
 def read_checkpoint(folder: Path, config: Any, *, dtype: torch.dtype, device: str | torch.device) -> Any:
     """The causal language model of a checkpoint folder, on `device`, dequantised; the memory taken is its own and a tensor's.
 
-    Layers of multi-token prediction, which transformers' models have no place for, are named in a warning and left out.
+    Layers of multi-token prediction, which transformers' models have no place for, are named in a warning and left out; the
+    model's config says that it has none.
 
     Args:
         folder: `config.json` and safetensors, one file or shards with their index.
@@ -53,6 +54,8 @@ def read_checkpoint(folder: Path, config: Any, *, dtype: torch.dtype, device: st
     held = _headers(folder)
     _check(places, held, block)
     _name_unread({name for name in held if name.removesuffix(SCALE) not in places}, config.num_hidden_layers)
+    if hasattr(config, "num_nextn_predict_layers"):
+        config.num_nextn_predict_layers = 0  # or a copy that is saved would promise them
     with torch.no_grad():
         for file in sorted({header.file for header in held.values()}):
             with _opened(file, device) as shard:
@@ -108,6 +111,9 @@ def _empty(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     model.to_empty(device=device)
     decoder = model.model
     decoder.rotary_emb = type(decoder.rotary_emb)(config).to(device)  # its frequencies are in no file
+    for name, module in decoder.named_modules():  # transformers leaves these at 1e-6, and GLM was trained with another (its issue 48762)
+        if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
+            module.variance_epsilon = config.rms_norm_eps
     return model
 
 

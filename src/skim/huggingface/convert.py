@@ -6,6 +6,7 @@ import inspect
 import sys
 import warnings
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def attach(model: nn.Module, config: Config | None) -> None:
         raise ValueError("model: expected one that was not converted, got a converted one; skim.revert(model) first")
     decoder = _decoder(model)
     layers = _attention_layers(decoder)
+    _expect_in_memory(layers)
     family = mla.family(decoder.config)
     native, latent = family in mla.LAYOUTS, family in mla.FAMILIES
     if config is None:
@@ -88,7 +90,16 @@ def attach(model: nn.Module, config: Config | None) -> None:
     decoder.skim_hook = decoder.register_forward_pre_hook(attention.open_forward, with_kwargs=True)
     masks.register(original)
     decoder.config._attn_implementation = attention.register(original)
+    decoder.config.to_dict = partial(_saved, decoder.config)
     publish(model)
+
+
+def _saved(config: Any) -> dict[str, Any]:
+    """`config.to_dict` of a converted model: config.json says nothing of what is in force here."""
+    values: dict[str, Any] = type(config).to_dict(config)
+    for name in ("skim_limit", "to_dict"):
+        values.pop(name, None)
+    return values
 
 
 def revert(model: nn.Module) -> Any:
@@ -99,7 +110,7 @@ def revert(model: nn.Module) -> Any:
     """
     state, decoder = state_of(model), decoder_of(model)
     decoder.config._attn_implementation = state.original
-    del decoder.config.skim_limit
+    del decoder.config.skim_limit, decoder.config.to_dict
     for layer in converted_layers(model).values():
         if not hasattr(layer, "skim_hook"):
             mla.release(layer)
@@ -266,6 +277,14 @@ def _attention_layers(decoder: Any) -> dict[int, Any]:
     if len(layers) != len(attending):
         raise ValueError(f"model: {family}: expected one attention module a layer, got {len(attending)} in {len(layers)} layers")
     return dict(sorted(layers.items()))
+
+
+def _expect_in_memory(layers: dict[int, Any]) -> None:
+    """Raise ValueError if accelerate keeps an attention's weights elsewhere between calls: a new indexer has no place there."""
+    for number, layer in layers.items():
+        for module in layer.modules():
+            if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
+                raise ValueError(f"model: expected attention weights on a device, got those of layer {number} offloaded by its device_map")
 
 
 def _speaks(module: nn.Module) -> bool:

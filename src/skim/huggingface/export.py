@@ -122,7 +122,6 @@ class SparseConfig:
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()  # type: ignore[misc]
-        values.pop("skim_limit", None)  # what is in force, told by skim_config and skim_mode
         # `transformers serve` looks this name up in transformers, where no class of a folder's own can be.
         return {**values, "attn_implementation": MARK, "architectures": ["AutoModelForCausalLM"]}
 

@@ -8,6 +8,7 @@ report, section 1). Where every row reads all its keys and the queries are many,
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,10 @@ from skim.huggingface.attention import autocast, expect_decided_dense, interval,
 from skim.huggingface.latents import append_latents, prepare_latents
 from skim.huggingface.masks import is_visibility
 from skim.huggingface.state import Forward, HandOver, State
-from skim.modules import LightningIndexer
+from skim.modules import IndexTensors, LightningIndexer
 from skim.modules.latents import pack, unpack
 from skim.ops import codec
+from skim.ops.workspace import chunks, workspace
 
 FAMILIES = ("deepseek_v3", "deepseek_v32", "glm_moe_dsa")
 LAYOUTS = {"deepseek_v32": "half", "glm_moe_dsa": "interleaved"}  # of the families that have indexers
@@ -89,11 +91,17 @@ def native_indexer(layer: Any, config: Config) -> LightningIndexer:
     """Our indexer with the very parameters of a layer's own.
 
     Raises:
-        ValueError: the layer has none.
+        ValueError: the layer has none, or its parameters aren't plain ones.
     """
     own = layer.indexer
     if own is None:
         raise ValueError(f"pattern: expected 'S' only where there is an indexer, got it in layer {layer.layer_idx} without")
+    for name, part in own.named_children():
+        if type(part) not in (nn.Linear, nn.LayerNorm):
+            raise ValueError(
+                f"model: expected plain weights in its indexers, got {type(part).__name__} as {name} of layer {layer.layer_idx}; "
+                "convert before peft, and load with skim.load_model, which dequantises"
+            )
     with torch.device("meta"):
         indexer = LightningIndexer(
             own.hidden_size,
@@ -201,20 +209,52 @@ def _absorbed(layer: Any, handed: HandOver, nope: Tensor, rope: Tensor, latents:
     """Output `[B, T, H, V]` of Skim's attention, one key head of latents for all heads."""
     dropout = layer.attention_dropout if layer.training else 0.0
     refuse(layer, {**kwargs, "dropout": dropout})
-    into, out_of = _expansion(layer).split((layer.qk_nope_head_dim, layer.v_head_dim), dim=1)
-    q = autocast(torch.cat((torch.einsum("bthn,hnr->bthr", nope, into), rope), dim=-1))
-    out = read(layer, handed, q, latents[:, :, None], None, interval(mask, kwargs), scale=layer.scaling, v_channels=layer.kv_lora_rank)
-    return torch.einsum("bthr,hvr->bthv", out, out_of)
+    into, out_of = _expansion(layer, nope).split((layer.qk_nope_head_dim, layer.v_head_dim), dim=1)
+    start, end = interval(mask, kwargs)
+
+    def output(rows: slice, handed: HandOver, latents: Tensor) -> Tensor:
+        q = autocast(torch.cat((torch.einsum("bthn,hnr->bthr", nope[:, rows], into), rope[:, rows]), dim=-1))
+        visible = start[:, rows], end[:, rows]
+        out = read(layer, handed, q, latents[:, :, None], None, visible, scale=layer.scaling, v_channels=layer.kv_lora_rank)
+        return torch.einsum("bthr,hvr->bthv", out, out_of)
+
+    pieces = _pieces(layer, handed.forward, nope)
+    if len(pieces) == 1:
+        return output(slice(None), handed, latents)
+    latents = unpack(latents, nope.dtype)
+    return torch.cat([output(rows, _part(handed, rows), latents) for rows in pieces], dim=1)
 
 
-def _expansion(layer: Any) -> Tensor:
-    """The matrix `[H, n + v, r]` that makes a latent into each head's key and value."""
+def _pieces(layer: Any, forward: Forward, nope: Tensor) -> list[slice]:
+    """Which queries are absorbed at a time: in its space a query and its output are several times as wide as they are outside.
+
+    All of them where the whole of it is kept for gradients, or handed to a selector.
+    """
+    B, T, H, _ = nope.shape
+    if torch.is_grad_enabled() or forward.recording or forward.selector is not None:
+        return [slice(0, T)]
+    wide = B * H * (2 * layer.kv_lora_rank + layer.qk_rope_head_dim) * nope.element_size()
+    scratch = workspace(forward.config.workspace_mb, nope.device)
+    if T * wide <= scratch << 20:
+        return [slice(0, T)]
+    return list(chunks(T, wide, scratch))
+
+
+def _part(handed: HandOver, rows: slice) -> HandOver:
+    """What some of the queries read with."""
+    index = handed.index
+    if index is not None:
+        index = IndexTensors(index.q[:, rows], index.k, index.weights[:, rows])
+    return replace(handed, index=index, first=rows.start)
+
+
+def _expansion(layer: Any, like: Tensor) -> Tensor:
+    """The matrix `[H, n + v, r]` that makes a latent into each head's key and value, for queries like `like`."""
     project = layer.kv_b_proj
     if type(project) is nn.Linear:
         weight = project.weight
     else:  # quantised, or with an adapter on it: what it makes of each channel
-        channels = torch.eye(layer.kv_lora_rank, dtype=layer.kv_a_layernorm.weight.dtype, device=layer.kv_a_layernorm.weight.device)
-        weight = project(channels).T
+        weight = project(torch.eye(layer.kv_lora_rank, dtype=like.dtype, device=like.device)).T
     return weight.view(-1, layer.qk_nope_head_dim + layer.v_head_dim, layer.kv_lora_rank)
 
 

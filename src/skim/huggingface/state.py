@@ -85,7 +85,7 @@ class Forward:
     serial: int
     tied: bool
     unaveraged: bool
-    selections: dict[int, Selection] = field(default_factory=dict)
+    selections: dict[tuple[int, int], Selection] = field(default_factory=dict)  # by layer and first query
     inputs: dict[int, tuple[LightningIndexer, tuple[Any, ...]]] = field(default_factory=dict)
 
 
@@ -93,13 +93,15 @@ class Forward:
 class HandOver:
     """What the pre-hook of an attention module hands to the attention function inside it.
 
-    `unquantised`: the new index keys before FP8, which the alignment loss is made of. `aligned`: it is made.
+    `unquantised`: the new index keys before FP8, which the alignment loss is made of. `aligned`: it is made. `first`: the
+    first query, where an MLA model reads with some of them after others.
     """
 
     forward: Forward
     index: IndexTensors | None
     unquantised: Tensor | None
     aligned: bool = False
+    first: int = 0
 
 
 def source_of(layer: int, letters: dict[int, str]) -> int:

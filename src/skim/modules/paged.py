@@ -88,16 +88,9 @@ class PagedLatents:
             q: `[B, T, H, C]` absorbed queries.
             selection: positions in the sequences, R = 1.
         """
-        slots = self._slots(blocks, selection)
-        pool = self.latents.flatten(0, 1)
-        if not self.fp8:
-            everyone = pool[None, :, None].expand(q.shape[0], -1, 1, -1)
-            return attend(q, everyone, selection=slots, scale=scale, v_channels=v_channels)
-        T, K = selection.indices.shape[1], selection.budget
-        read = latents.unpack(pool[slots.indices.clamp(min=0).flatten(1)], q.dtype)
-        place = torch.arange(T * K, dtype=torch.int32, device=q.device).view(1, T, 1, K)
-        own = Selection(torch.where(slots.indices < 0, -1, place), slots.counts)
-        return attend(q, read[:, :, None], selection=own, scale=scale, v_channels=v_channels)
+        pool = self.latents.flatten(0, 1).expand(q.shape[0], -1, -1)
+        keys, picks = latents.unpack_read(pool, self._slots(blocks, selection), q.dtype)
+        return attend(q, keys[:, :, None], selection=picks, scale=scale, v_channels=v_channels)
 
     def _slots(self, blocks: Tensor, selection: Selection) -> Selection:
         """A selection of positions as one of slots in the pool."""
