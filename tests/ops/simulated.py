@@ -40,6 +40,9 @@ class Pointer:
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.base, self.offset + other)
 
+    def unsqueeze(self, axis: int) -> Pointer:
+        return Pointer(self.base, self.offset.unsqueeze(axis))
+
     def where(self, mask: Any) -> tuple[Tensor, Tensor]:
         """The mask, and offsets that may be read, as tensors of one shape; an address outside of `base` is an error."""
         mask = torch.as_tensor(True if mask is None else mask)

@@ -73,6 +73,30 @@ def test_counts() -> None:
     check(q, k, random_indices(1, T, 1, 100, 300, holes=False), counts=counts.to(DEVICE))
 
 
+@pytest.mark.parametrize("processors", (1, 3, 12))
+@pytest.mark.parametrize(("B", "H"), [(1, 64), (1, 128), (4, 16)])
+@pytest.mark.parametrize("K", (5, 130))
+def test_a_program_serves_task_after_task_whatever_the_number_of_programs(B: int, H: int, K: int, processors: int, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "processors", lambda device: processors)
+    check(*latents(B, H, 576, 200), random_indices(B, T, 1, K, 200))
+
+
+def test_tiles_with_nothing_to_read_between_others() -> None:
+    indices = random_indices(3, T, 1, 70, 100, holes=False)
+    indices[0, :4] = indices[1] = -1
+    indices[2, 4:6] = -1
+    check(*latents(3, 16, 576, 100), indices)
+
+
+def test_heads_far_apart() -> None:
+    far = (2**31 // 63 // 16 + 1) * 16  # from the first to the last more than 32 bits hold; pages that nobody touches cost nothing
+    q, k = latents(1, 64, 576, 100)
+    apart = torch.empty(64 * far, dtype=q.dtype, device=DEVICE).as_strided((1, T, 64, 576), (0, 576, far, 1)).copy_(q)
+    indices = random_indices(1, T, 1, 70, 100)
+    for a, b in zip(attend(q, k, indices), attend(apart, k, indices)):
+        assert torch.equal(a, b)
+
+
 def test_float16() -> None:
     check(*latents(1, 64, 576, 300, torch.float16), random_indices(1, T, 1, 100, 300))
 
@@ -143,7 +167,7 @@ def test_what_it_takes_and_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> N
     assert "scale is not positive" in refusal(q, k, scale=-1.0)
     assert "rows of k don't begin" in refusal(q, torch.zeros(1, 30, 1, 580, dtype=q.dtype, device=q.device)[..., :576])
     assert "rows of q don't begin" in refusal(torch.zeros(1, T, 64, 592, dtype=q.dtype, device=q.device)[..., 1:577], k)
-    assert "4 neighbouring queries of 16 heads share a program, and there are 3" in refusal(q[:, :3, :16], k)
+    assert "4 neighbouring queries of 16 heads share a task, and there are 3" in refusal(q[:, :3, :16], k)
     monkeypatch.setattr(kernels, "processors", lambda device: 10_000)
     assert "leave most of the GPU idle" in refusal(q, k)
     assert kernels.refusal("attend_dense", ()) == kernels.refusal("attend_backward", ()) == "hopper has the forward of attend only"

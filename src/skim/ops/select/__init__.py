@@ -37,7 +37,8 @@ def select(
     With `mass` the budget is adaptive: of these keys a row keeps the fewest, in the same order, that hold this share of
     softmax(scores) over all that it sees: at most `budget`, at least `min_budget` and what is always kept. Rows that see
     no more than `budget` keys are narrowed too; those that see no more than `min_budget` keep them all. (The log-sum-exp
-    is rounded: where a share lies within rounding of `mass`, another implementation may keep a key more or less.)
+    is rounded: where a share lies within rounding of `mass`, another implementation, or on a GPU another number of queries,
+    may keep a key more or less.)
 
     Args:
         q_index: `[B, T, J, E]` index queries, or `(float8_e4m3fn values, float32 scale [B, T, J])`. With five axes
