@@ -24,7 +24,8 @@ def test_every_numbered_example_is_run() -> None:
 @pytest.mark.parametrize("name", SAYS)
 def test_it_runs(name: str, tmp_path: Path) -> None:
     caches = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, EXAMPLES / name, *SHORTER.get(name, [])], capture_output=True, text=True, cwd=tmp_path, env=caches, timeout=600)
+    command = [sys.executable, EXAMPLES / name, *SHORTER.get(name, [])]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=caches, timeout=600)
     assert run.returncode == 0, run.stderr
     assert SAYS[name] in run.stdout
 
