@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS, TARGETS = ROOT / "benchmarks/results", ROOT / "benchmarks/targets.json"
 PLOTS, DRAWN_FROM = ROOT / "docs/img", ROOT / "docs/img/plots.json"
-MARK = re.compile(r"(?P<open><!-- figures: (?P<name>[\w-]+)(?: (?P<argument>[\w.-]+))? -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(?P<open><!-- figures: (?P<name>[\w-]+)(?P<arguments>(?: [\w.-]+)*) -->\n).*?(?P<close><!-- end -->)", re.DOTALL)
+GOOD = 0.7  # of a matmul's rate: what a good kernel of dense MLA decoding can be expected to reach
 
 Result = dict[str, Any]
 
@@ -30,14 +32,12 @@ def results(holds: Callable[[Result], bool] = lambda result: True) -> dict[str, 
     return {name: result for name, result in found.items() if holds(result)}
 
 
-def is_bench(result: Result) -> bool:
-    """Whether `skim bench` wrote it."""
-    return all("case" in row and "kind" in row for row in result.get("rows", [{}]))
+def written_by(program: str) -> Callable[[Result], bool]:
+    """Whether a result's command runs that program."""
+    return lambda result: program in result["command"]
 
 
-def is_quality(result: Result) -> bool:
-    """Whether benchmarks/train_smollm2.py wrote it."""
-    return all("nll_over_dense" in row for row in result.get("rows", [{}]))
+is_bench, is_quality = written_by("skim bench"), written_by("train_smollm2.py")
 
 
 def several_lengths(result: Result) -> bool:
@@ -82,6 +82,8 @@ def bench() -> str:
 def _bench(name: str, result: Result) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items() if version)
     lines = [f"### {name}", "", f"{result['device']}; {versions}.", ""]
+    if "note" in result:
+        lines += [f"Note: {result['note']}.", ""]
     if several_lengths(result):
         lines += [f"![Time against length, {name}](img/{name}.svg)", ""]
     return "\n".join([*lines, f"    {result['command']}", "", table(*_rows(result))])
@@ -94,8 +96,8 @@ def _rows(result: Result) -> tuple[list[str], list[list[str]]]:
         case = " ".join(part for part in (row["case"], row.get("part"), "graph" if row.get("mode") == "graph" else None) if part)
         peak = "" if row.get("peak_mib") is None else f"{row['peak_mib']:,.0f}"
         ratio = row["baseline_ms"] / row["ms"] if "baseline_ms" in row else None
-        measured = [number(row["ms"]), peak, row.get("baseline", ""), number(row.get("baseline_ms")), number(ratio)]
-        rows.append([case, row["kind"], tokens(row["n"]), *([row["error"]] + [""] * 4 if "error" in row else measured)])
+        times = [number(row["ms"]), peak, row.get("baseline", ""), number(row.get("baseline_ms")), number(ratio)]
+        rows.append([case, row["kind"], tokens(row["n"]), *([row["error"]] + [""] * 4 if "error" in row else times)])
     return header, rows
 
 
@@ -106,33 +108,78 @@ def cases() -> str:
     return table(["case", "what"], [[name, what] for name, what in describe().items()])
 
 
-def targets() -> str:
-    """Every goal, met or not."""
+def scoreboard() -> dict[str, Result]:
+    """The entries of targets.json by id."""
+    return {target["id"]: target for target in json.loads(TARGETS.read_text(encoding="utf-8"))}
+
+
+def measured(target: Result) -> str:
+    value = target["value"]
+    if value is None:
+        return "not measured yet"
+    return "; ".join(f"{name}: {number(part)}" for name, part in value.items()) if isinstance(value, dict) else number(value)
+
+
+def targets(letter: str = "") -> str:
+    """Every goal whose id begins with that letter, met or not."""
     rows = []
-    for target in json.loads(TARGETS.read_text(encoding="utf-8")):
-        value = target["value"]
-        measured = "; ".join(f"{name}: {number(part)}" for name, part in value.items()) if isinstance(value, dict) else number(value)
-        met = "yes" if target["met"] else "no" if value is not None else "not measured"
+    for target in scoreboard().values():
+        met = "yes" if target["met"] else "no" if target["value"] is not None else ""
         what = target["what"] if target["unit"] is None else f"{target['what']} ({target['unit']})"
-        rows.append([target["id"], what, target["goal"], measured, met, target["device"] or ""])
-    return table(["id", "what", "goal", "measured", "met", "device"], rows)
+        rows.append([target["id"], what, target["goal"], measured(target), met, target["device"] or ""])
+    return table(["id", "what", "goal", "measured", "met", "device"], [row for row in rows if row[0].startswith(letter)])
 
 
-def quality(name: str | None = None) -> str:
-    """A section for each result of quality: every pattern's loss over dense, the command. With a name that result's table alone."""
-    if name is not None:
-        return _quality_table(results()[name])
+RETROFIT = "python benchmarks/retrofit.py --jobs"
+CLAIMS: tuple[tuple[str, tuple[str, ...], str], ...] = (  # what is said of DSA, the goals that test it, the command for what isn't measured
+    ("attention costs O(n·k) instead of O(n²)", ("K1", "K12"), "skim bench K12 --json FILE"),
+    ("long prompts cost less", ("D2",), ""),
+    ("long answers cost less", ("K3", "D3"), ""),
+    ("a whole model reads long prompts faster", ("K10",), ""),
+    ("caches in FP8 are good enough", ("D6",), ""),
+    ('DSA "can be introduced via continued training" (DeepSeek-V3.2-Exp, section 2)', ("R1", "R2"), f"{RETROFIT} 'warmup-*,patterns-*,heldout-*'"),
+    ("quality stays that of the dense model, by domain and position", ("R1",), f"{RETROFIT} 'heldout-*'"),
+    ("the model doesn't lose what it learned", ("R9",), f"{RETROFIT} 'prompts,agreement-*'"),
+    ("the indexer can run in FP8", ("R5",), f"{RETROFIT} scores"),
+    ("long-range retrieval survives the selection", ("R4",), f"{RETROFIT} 'retrieval-*'"),
+    ("neighbouring layers can share a selection", ("R6",), f"{RETROFIT} 'reuse-*'"),
+    ("quality falls where too few tokens are kept", ("R4", "R7"), f"{RETROFIT} 'retrieval-*,adaptive'"),
+    ("the warm-up is cheap", ("R8",), f"{RETROFIT} warmup-0"),
+)
+
+
+def claims() -> str:
+    """Each public claim, what was measured of it, and the command."""
+    rows, board = [], scoreboard()
+    for claim, ids, command in CLAIMS:
+        found = [board[id] for id in ids]
+        commands = dict.fromkeys(target["command"] or command for target in found)
+        ours = "<br>".join(f"{target['id']}: {measured(target)}{'' if target['value'] is None else ' ' + shown(target)}" for target in found)
+        rows.append([claim, ours, "<br>".join(f"`{each}`" for each in commands)])
+    return table(["claim", "our number", "command"], rows)
+
+
+def shown(target: Result) -> str:
+    """The unit, and whether the goal was met."""
+    return f"({target['unit']}; goal {'met' if target['met'] else 'missed'})"
+
+
+def quality(*names: str) -> str:
+    """A section for each result of quality: every pattern's loss over dense, the command. With names those results' rows alone."""
+    if names:
+        return _quality_table([row for name in names for row in results()[name]["rows"]])
     return "\n".join(_quality(name, result) for name, result in results(is_quality).items())
 
 
 def _quality(name: str, result: Result) -> str:
     about = f"Split {result['split']}, {result['rows'][0]['windows']} windows; {result['device']}."
-    return "\n".join([f"### {name}", "", about, "", f"    {result['command']}", "", _quality_table(result)])
+    return "\n".join([f"### {name}", "", about, "", f"    {result['command']}", "", _quality_table(result["rows"])])
 
 
-def _quality_table(result: Result) -> str:
-    rows = [_quality_row(row) for row in sorted(result["rows"], key=lambda row: row["nll_over_dense"])]
-    return table(["keys a query", "pattern", "perplexity", "loss over dense, nats (95 %)", "kept attention"], rows)
+def _quality_table(rows: list[Result]) -> str:
+    cells = [_quality_row(row) for row in sorted(rows, key=lambda row: row["nll_over_dense"])]
+    once = [row for i, row in enumerate(cells) if row not in cells[:i]]  # dense is in each result
+    return table(["keys a query", "pattern", "perplexity", "loss over dense, nats (95 %)", "kept attention"], once)
 
 
 def _quality_row(row: Result) -> list[str]:
@@ -151,16 +198,97 @@ SPEED = {  # rows of the short table: what, case, mode
 }
 
 
-def speed(name: str) -> str:
-    """The short table of one result of `skim bench`: milliseconds of dense attention and of DSA."""
+def speed(*names: str) -> str:
+    """The short table of some results of `skim bench`: milliseconds of dense attention and of DSA."""
+    measured_rows = [row for name in names for row in results()[name]["rows"] if "ratio" in row]
     rows = []
     for what, (case, mode) in SPEED.items():
-        found = [row for row in results()[name]["rows"] if (row["case"], row.get("mode")) == (case, mode) and "ratio" in row]
-        for n in dict.fromkeys(row["n"] for row in found):
+        found = [row for row in measured_rows if (row["case"], row.get("mode")) == (case, mode)]
+        for n in sorted({row["n"] for row in found}):
             by_kind = {row["kind"]: row for row in found if row["n"] == n}
             cells = [f"{number(row['ms'])} ({number(row['ratio'])})" if (row := by_kind.get(kind)) else "" for kind in ("overlapping", "random")]
             rows.append([what, tokens(n), number(min(row["baseline_ms"] for row in by_kind.values())), *cells])
     return table(["milliseconds", "n", "dense", "DSA, overlapping (times as fast)", "DSA, random (times as fast)"], rows)
+
+
+def positions(name: str, *only: str) -> str:
+    """Prefill and decode of a layer by position, of a result of benchmarks/economics.py; at some positions if they are given."""
+    steps = {"D2": "prefill", "D3": "decode"}
+    found = [row for row in results()[name]["rows"] if row["case"] in steps and (not only or str(row["n"]) in only)]
+    rows = []
+    for row in sorted(found, key=lambda row: (row["case"], row["kind"])):
+        times = [number(row[key]) for key in ("baseline_ms", "ms", "ratio")]
+        money = [number(1000 * row[key]) for key in ("baseline_usd_per_million_tokens", "usd_per_million_tokens")]
+        rows.append([steps[row["case"]], row["kind"], tokens(row["n"]), f"{row['tokens']:,}", *times, *money])
+    header = ["step", "what", "position", "tokens", "dense, ms", "DSA, ms", "times as fast", "dense, USD per 10⁹ tokens", "DSA"]
+    return table(header, rows)
+
+
+def decoding(name: str) -> str:
+    """How near the roofs dense decoding was, and what DSA would gain over a good kernel."""
+    rows = []
+    for row in results()[name]["rows"]:
+        if row["case"] == "D3" and row["kind"] == "attention":
+            memory, compute = row["baseline_memory_share"], row["baseline_compute_share"]
+            rows.append(
+                [tokens(row["n"]), f"{100 * memory:.0f} %", f"{100 * compute:.0f} %", number(row["ratio"]), number(row["ratio"] * compute / GOOD)]
+            )
+    rate = f"{100 * GOOD:.0f} %"
+    return table(
+        ["position", "dense: of the memory roof", "of the matmul's rate", "times as fast", f"the same, were dense at {rate} of the matmul"], rows
+    )
+
+
+def prompts(name: str) -> str:
+    """D4 and D5 of a result of benchmarks/economics.py: a prompt at once beside transformers' layer, and one of a million tokens."""
+    rows = []
+    for row in results()[name]["rows"]:
+        if row["case"] == "D4":
+            theirs = [number(row["baseline_ms"]), f"{row['baseline_peak_mib']:,.0f}"]
+            rows.append([f"a prompt of {tokens(row['n'])} tokens", number(row["ms"]), f"{row['peak_mib']:,.0f}", *theirs])
+        if row["case"] == "D5":
+            what = (
+                f"a prompt of {tokens(row['n'])} tokens"
+                if row["kind"] == "whole"
+                else f"the {row['tokens']} tokens before position {tokens(row['n'])}"
+            )
+            rows.append([what, number(row["ms"]), f"{row['held_gb'] * 1e9 / 2**20:,.0f}", "", ""])
+    return table(["the layer over", "ms", "MiB", "transformers' layer, ms", "MiB"], rows)
+
+
+def rounding(name: str) -> str:
+    """D6 of a result of benchmarks/economics.py: what FP8 caches change."""
+    rows = [
+        [
+            row["kind"],
+            f"{row['output_error']:.3f}",
+            f"{100 * row['overlap']:.1f} %",
+            str(row["beyond_bound"]),
+            f"{row['output_error_own_selection']:.3f}",
+        ]
+        for row in results()[name]["rows"]
+        if row["case"] == "D6"
+    ]
+    return table(["scales", "output, same keys", "keys in common", "keys beyond FP8's bound", "output, each with its own keys"], rows)
+
+
+def hopper(name: str) -> str:
+    """H1 and H2 of a result of benchmarks/hopper.py: MLA attention beside the best hand-written kernel."""
+    rows = [
+        [f"{row['case']}, {row['heads']} heads", row["kind"], tokens(row["n"]), number(row["ms"]), number(row["tflops"]), f"{row['ratio']:.2f}"]
+        for row in results()[name]["rows"]
+        if row["case"] in ("H1", "H2")
+    ]
+    return table(["case", "order of the keys", "keys", "ms", "TFLOPS", "times the peer's rate"], rows)
+
+
+def variants(name: str) -> str:
+    """The kernel and its variants: TFLOPS, and times the peer's rate."""
+    found = [row for row in results()[name]["rows"] if row["case"] == "variants" and row["ratio"]]
+    columns = dict.fromkeys((row["heads"], row["n"]) for row in found)
+    cells = {(row["variant"], (row["heads"], row["n"])): f"{number(row['tflops'])} ({row['ratio']:.2f})" for row in found}
+    rows = [[variant, *(cells[variant, column] for column in columns)] for variant in dict.fromkeys(row["variant"] for row in found)]
+    return table(["variant", *(f"{heads} heads, {tokens(n)} keys" for heads, n in columns)], rows)
 
 
 TABLES: dict[str, Callable[..., str]] = {
@@ -168,8 +296,15 @@ TABLES: dict[str, Callable[..., str]] = {
     "bench": bench,
     "cases": cases,
     "targets": targets,
+    "claims": claims,
     "quality": quality,
     "speed": speed,
+    "positions": positions,
+    "decoding": decoding,
+    "prompts": prompts,
+    "rounding": rounding,
+    "hopper": hopper,
+    "variants": variants,
 }
 
 
@@ -177,7 +312,7 @@ def filled(text: str) -> str:
     """`text` with every table between marks made anew."""
 
     def fill(mark: re.Match[str]) -> str:
-        made = TABLES[mark["name"]](*([mark["argument"]] if mark["argument"] else []))
+        made = TABLES[mark["name"]](*mark["arguments"].split())
         return f"{mark['open']}\n{made}\n{mark['close']}"
 
     return MARK.sub(fill, text)
@@ -196,13 +331,17 @@ def digest(result: Any) -> str:
 
 
 def plotted() -> dict[str, str]:
-    """Every plot by file name, with a digest of what it has to be drawn from."""
+    """Every plot by file name, with a digest of what it has to be drawn from; those that a benchmark drew itself are copied."""
     found = {f"{name}.svg": digest(result) for name, result in results(lambda result: is_bench(result) and several_lengths(result)).items()}
-    return {**found, "quality.svg": digest(results(is_quality))}
+    drawn = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in RESULTS.glob("*.png")}
+    return {**found, **drawn, "quality.svg": digest(results(is_quality))}
 
 
 def draw(name: str, path: Path) -> None:
-    """Draw one of `plotted`."""
+    """Draw or copy one of `plotted`."""
+    if (RESULTS / name).is_file():
+        shutil.copyfile(RESULTS / name, path)
+        return
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = name  # the same file from the same data
@@ -248,6 +387,8 @@ def main() -> None:
     for name in wanted:
         if drawn_from.get(name) != wanted[name] or not (PLOTS / name).is_file():
             write(PLOTS / name, lambda path, name=name: draw(name, path))
+    for name in drawn_from.keys() - wanted.keys():
+        (PLOTS / name).unlink(missing_ok=True)
     write(DRAWN_FROM, lambda path: path.write_text(json.dumps(wanted, indent=1) + "\n"))
     for page in pages():
         text = page.read_text(encoding="utf-8")
