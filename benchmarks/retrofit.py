@@ -708,7 +708,8 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="write here what all results say together, at the end")
     parser.add_argument("--list", action="store_true", help="print the jobs, and stop")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.list:
+        args.out.mkdir(parents=True, exist_ok=True)
     lab = Lab(args.corpus, args.out, args.model, args.warmup_steps, args.sparse_steps)
     wanted = [pattern for pattern in args.jobs.split(",") if pattern]
     for pattern in wanted:
