@@ -39,9 +39,9 @@ from torch import Tensor
 
 import skim
 from skim.bench.runner import machine
-from skim.evaluation import Interval, Reading, Window, paired_t, readings, retrieve
-from skim.evaluation.baselines import everything
+from skim.evaluation import Interval, Reading, Window, agreement, equal_budget, paired_t, readings, retrieve
 from skim.huggingface import LayerInputs, load_model
+from skim.huggingface.attention import everything
 from skim.huggingface.convert import attach
 from skim.ops import codec
 from skim.training import Recipe, Rows, train
@@ -333,7 +333,7 @@ class Lab:
         for mass in ADAPTIVE_MASSES:
             with skim.use(model, budget=self.budgets[0], mass=mass, min_budget=self.window // FEW):
                 own = measure(model, windows, [self.budgets[0]], ("dsa",))[0]
-            fixed = measure(model, windows, [equal_budget(own["keys"], self.window)], ("dsa",))[0]
+            fixed = measure(model, windows, [equal_budget(own["keys"], [self.window])], ("dsa",))[0]
             pairs.append({"mass": mass, "adaptive": own, "fixed": fixed})
         return {"rows": dense, "pairs": pairs} | places(windows)
 
@@ -363,11 +363,14 @@ class Lab:
         """How far the sparse model and its dense control are from the untouched one on chats and short texts."""
         asked, budget = self.result("prompts"), self.budgets[2]
         prompts = {"chat": [(one["tokens"], one["answer"]) for one in asked["chats"]], "text": [(one, len(one) - 1) for one in asked["texts"]]}
-        found: dict[str, Row] = {}
+        found: dict[str, Row] = {kind: {} for kind in KINDS}
         for kind in KINDS:
             model = self.read(self.continued(kind, loss, self.best(kind, loss)))
             with skim.use(model, mode=kind, budget=budget):
-                found[kind] = {what: agreements(self.base[0], model, of) for what, of in prompts.items()}
+                for what, of in prompts.items():
+                    rows, last = [torch.tensor([tokens]) for tokens, _ in of], [count for _, count in of]
+                    near = agreement(model, self.base[0], rows, last)
+                    found[kind][what] = {"kl": near.kl_by_row, "top1": near.top1_by_row}
         return {"budget": budget, **found}
 
     def headline(self) -> str:
@@ -470,11 +473,6 @@ def first_of_each_domain(windows: Iterable[Window]) -> list[Window]:
     return list(found.values())
 
 
-def equal_budget(keys: float, size: int) -> int:
-    """The budget under which the queries of a window of `size` tokens read that many keys on average."""
-    return min(range(1, size + 1), key=lambda b: abs((b * (b + 1) / 2 + (size - b) * b) / size - keys))
-
-
 @torch.no_grad()
 def answers(model: Any, prompts: Sequence[list[int]]) -> list[tuple[list[int], int]]:
     """Each prompt with the model's greedy answer behind it, and how many tokens that has."""
@@ -489,18 +487,6 @@ def answers(model: Any, prompts: Sequence[list[int]]) -> list[tuple[list[int], i
         end = next((i + 1 for i, token in enumerate(answer) if token in stops), len(answer))
         found.append((prompt + answer[:end], end))
     return found
-
-
-@torch.no_grad()
-def agreements(base: Any, model: Any, prompts: Iterable[tuple[list[int], int]]) -> Row:
-    """Of each prompt's last tokens: mean KL(base ‖ model) in nats, and share of the same most probable token."""
-    divergences, same = [], []
-    for tokens, n in prompts:
-        given = torch.tensor([tokens], device=model.device)
-        theirs, ours = (m(given, use_cache=False).logits[0, -n - 1 : -1].float().log_softmax(-1) for m in (base, model))
-        divergences.append(float((theirs.exp() * (theirs - ours)).sum(-1).mean()))
-        same.append(float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()))
-    return {"kl": divergences, "top1": same}
 
 
 # ------------------------------------------------------------------------------------------------------------- report

@@ -2,44 +2,22 @@
 
 import json
 import math
-import sys
 from importlib import import_module, util
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from tiny_model import converted
+from command_line import run, write_tiny
 
 import skim
 from skim import cli
 from skim.ops import dispatch
 
 
-def run(monkeypatch, *arguments: str) -> int:
-    """Exit code of `skim ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["skim", *arguments])
-    level = transformers.logging.get_verbosity()
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    transformers.logging.set_verbosity(level)
-    return int(stopped.value.code or 0)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[str, str]:
     """Folders of a tiny model with a byte tokenizer, and of an adapter for it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("tiny")
-    model = converted()
-    skim.save(model, folder / "adapter")
-    skim.revert(model).save_pretrained(folder / "model")
-    letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz .,")}
-    tokenizer = Tokenizer(models.WordLevel({**letters, "?": len(letters)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="?").save_pretrained(folder / "model")
-    return str(folder / "model"), str(folder / "adapter")
+    return write_tiny(tmp_path_factory.mktemp("tiny"), "abcdefghijklmnopqrstuvwxyz .,")
 
 
 def test_doctor_names_versions_hardware_and_implementations(monkeypatch, capsys):

@@ -190,7 +190,7 @@ def test_no_held_out_domain_outweighs_the_others(monkeypatch, lab, tmp_path):
 
 
 def test_equal_budget_is_what_a_fixed_one_reads_on_average():
-    assert [retrofit.equal_budget(np.minimum(np.arange(1, 101), b).mean(), 100) for b in (1, 17, 100)] == [1, 17, 100]
+    assert [retrofit.equal_budget(np.minimum(np.arange(1, 101), b).mean(), [100]) for b in (1, 17, 100)] == [1, 17, 100]
 
 
 def test_percent_of_a_constant_difference():

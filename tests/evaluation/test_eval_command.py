@@ -8,39 +8,20 @@ import sys
 import pytest
 import torch
 import transformers
+from command_line import run, write_tiny
 from tiny_model import converted
 
 import skim
-from skim import cli
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
-
-
-def run(monkeypatch, *arguments: str) -> int:
-    """Exit code of `skim ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["skim", *arguments])
-    level = transformers.logging.get_verbosity()
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    transformers.logging.set_verbosity(level)
-    return int(stopped.value.code or 0)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[str, str]:
     """Folders of a tiny model with a tokenizer of letters, and of an adapter for it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("tiny")
     model = converted()
-    letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz0123456789TR .,?\n")}
     model.resize_token_embeddings(64, mean_resizing=False)
-    skim.save(model, folder / "adapter")
-    skim.revert(model).save_pretrained(folder / "model")
-    tokenizer = Tokenizer(models.WordLevel({**letters, "#": len(letters)}, unk_token="#"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="#").save_pretrained(folder / "model")
-    return str(folder / "model"), str(folder / "adapter")
+    return write_tiny(tmp_path_factory.mktemp("tiny"), "abcdefghijklmnopqrstuvwxyz0123456789TR .,?\n", unknown="#", model=model)
 
 
 def test_eval_by_domain_with_intervals_several_budgets_and_a_plot(monkeypatch, capsys, tiny, tmp_path):

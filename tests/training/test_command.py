@@ -1,15 +1,15 @@
 """`skim train`, run as a user runs it."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 import transformers
+from command_line import run
 from tiny_model import sharp_llama, text
 from tiny_training import chat_tokenizer, write_texts
 
 import skim
-from skim import cli
 from skim.training import command
 
 
@@ -22,15 +22,7 @@ def tiny(tmp_path, monkeypatch):
     chat_tokenizer().save_pretrained("model")
     write_texts(tmp_path / "texts")
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["skim", *arguments])
-        level = transformers.logging.get_verbosity()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        transformers.logging.set_verbosity(level)
-        return int(stopped.value.code or 0)
-
-    return run
+    return partial(run, monkeypatch)
 
 
 def test_both_stages_one_after_the_other(tiny, tmp_path, capsys):

@@ -18,7 +18,7 @@ from skim.bench import baselines, selections
 from skim.bench.registry import Setting
 from skim.config import Config
 from skim.huggingface import load_model, revert, use
-from skim.huggingface.attention import by_indexer
+from skim.huggingface.attention import by_indexer, everything
 from skim.huggingface.convert import attach
 from skim.huggingface.state import LayerInputs
 from skim.modules import IndexTensors
@@ -216,7 +216,7 @@ def _decode(model: Any, s: Setting, setting: Config, embeds: Tensor, report: Cal
         report("decoding, DSA")
         sparse = _token_seconds(model, cache, s, new)
         report("decoding, dense by skim.attend_dense")
-        with use(model, selector=lambda *_: None):
+        with use(model, selector=everything):
             times["skim.attend_dense"] = _token_seconds(model, cache, s, new)
     report("decoding, dense by transformers")
     times["transformers"] = _token_seconds(model, cache, s, new)

@@ -125,9 +125,4 @@ def oracle(budget: int) -> Selector:
     return _ranked(head_mean, budget)
 
 
-def everything(inputs: LayerInputs, start: Tensor, end: Tensor) -> None:
-    """Every visible key: dense attention by Skim's operators."""
-    return None
-
-
 BASELINES: dict[str, Callable[[int], Selector]] = {"window": window, "sinks": sinks, "blocks": blocks, "random": random, "oracle": oracle}

@@ -306,3 +306,7 @@ def by_indexer(inputs: LayerInputs, start: Tensor, end: Tensor) -> Selection:
         min_budget=config.min_budget,
         workspace_mb=config.workspace_mb,
     )
+
+
+def everything(inputs: LayerInputs, start: Tensor, end: Tensor) -> None:
+    """The selector that reads every visible key: dense attention without a mask, whose T x T entries packed rows would need."""

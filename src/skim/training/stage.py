@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from skim.config import Config
 from skim.huggingface import LayerInputs, record, use
-from skim.huggingface.attention import by_indexer
+from skim.huggingface.attention import by_indexer, everything
 from skim.huggingface.state import converted_layers, decoder_of, indexed_layers, state_of
 from skim.modules import IndexTensors, LightningIndexer
 from skim.ops import attend, attend_dense
@@ -340,10 +340,6 @@ def initialise(rms: dict[nn.Module, float]) -> None:
     """Fresh indexers, each scaled to what its layer's attention is fed."""
     for layer, value in rms.items():
         layer.indexer.reset_parameters(value)  # type: ignore[union-attr, operator]
-
-
-def everything(inputs: LayerInputs, start: Tensor, end: Tensor) -> None:
-    """The selector that reads every visible key: dense attention without a mask, whose T x T entries packed rows would need."""
 
 
 class _Mass:
