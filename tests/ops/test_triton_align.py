@@ -55,6 +55,13 @@ def test_selections_with_holes_and_empty_rows(H: int, G: int, D: int, J: int, E:
     check(*attention_inputs(B, T, S, H=H, G=G, D=D)[:2], index_inputs(B, T, S, J=J, E=E), selection=selection)
 
 
+@pytest.mark.parametrize("tiles", [1, 4])
+def test_intervals_some_tiles_at_a_time(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "chunks", lambda rows, *sizes: (slice(i, min(i + tiles, rows)) for i in range(0, rows, tiles)))
+    start, end = random_interval(B, T, S)
+    check(*attention_inputs(B, T, S)[:2], index_inputs(B, T, S), start=start, end=end)
+
+
 def test_causal() -> None:
     check(*attention_inputs(B, T, S)[:2], index_inputs(B, T, S), scale=0.9)
 

@@ -1,8 +1,12 @@
-"""Indexer alignment as one Triton kernel for NVIDIA GPUs from sm_80 on: the loss and, with it, its gradients.
+"""Indexer alignment as Triton kernels for NVIDIA GPUs from sm_80 on: the loss and, with it, its gradients.
 
 A program serves a tile of neighbouring queries and walks the keys that they see twice: once for the log-sum-exp of their
 index scores, once for the loss and the gradients. What it walks is the interval of keys that the tile sees (dense) or the
 union of its selections, with one bit a query and key (see attend/union.py).
+
+Gradients of the keys are sums over queries. Over a union they are added up in memory. Over intervals that would be every key
+once a tile, so a chunk of tiles leaves `softmax(I) - p` in the workspace instead, and programs that own keys sum over its
+queries, always in the same order.
 
 Keys are the rows of every tile of scores, and column `head * TILE + query` is one head of one query: so the sums over
 heads stay within a thread, and what is one number a query and key lies alike wherever it is used.
@@ -27,10 +31,12 @@ from torch import Tensor
 from skim.ops.attend.triton import attend, attend_dense
 from skim.ops.attend.union import tiles_of, unions
 from skim.ops.dispatch import capability
-from skim.ops.workspace import unscaled
+from skim.ops.workspace import chunks, unscaled
 
 LOG2E = tl.constexpr(1.4426950408889634)
 STAGES = tl.constexpr(2)  # of the loops that load keys
+
+PARTS = 8  # sums over queries that are made side by side, so that many programs share few keys
 
 LARGEST = 16384  # indexer heads times channels, each a power of two: what a program accumulates of one query
 
@@ -85,6 +91,13 @@ def _index_scores(dots, w, TILE: tl.constexpr):
 
 
 @triton.jit
+def _of_heads(dots, g, J_: tl.constexpr):
+    """u `[BLOCK, J_ * TILE]` from the products of every head and g `[BLOCK, TILE]`."""
+    u = tl.where(tl.reshape(dots, [g.shape[0], J_, g.shape[1]]) > 0, g[:, None, :], 0.0)
+    return tl.reshape(u, [g.shape[0], J_ * g.shape[1]])
+
+
+@triton.jit
 def _target(
     Q, K, LSE, t, ok, key, real, scale, q_t, q_h, k_s, k_g,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
@@ -117,12 +130,14 @@ def _target(
 @triton.jit
 def kernel(
     Q, K, Q_INDEX, K_INDEX, K_FINITE, W, LSE, START, STOP, SEEN, KEYS, BITS, COUNTS, LOSS, DQ, DK, UNIT,
-    first, scale, T, S, tiles_of_row, capacity,
+    GAPS, first, scale, T, S, tiles_of_row, capacity,
     q_b, q_t, q_h, k_b, k_s, k_g, i_b, i_t, i_j,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, J: tl.constexpr, E: tl.constexpr, J_: tl.constexpr, E_: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, GAIN: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile of queries: LOSS in bits, DQ `sum_s u k`, and its part of DK, added up in float32 or as multiples of 1 / UNIT in int64.
+    """Of one tile of queries: LOSS in bits, DQ `sum_s u k`, and what the keys' gradients need.
+
+    Sparse: its part of DK, added up in float32 or as multiples of 1 / UNIT in int64. Dense: its g in GAPS, a row of S a query.
 
     Exponents are of two: scale and LSE come times log2(e), LSE with log2(H) added, which makes the head sum a mean. W holds
     the index scores' factors, zero where a query sees nothing; GAIN scales u, for float16.
@@ -147,7 +162,6 @@ def kernel(
     LSE += b * T * H
     K_INDEX += b * S * E
     K_FINITE += b * S * E
-    DK += b * S * E
 
     # Column j * TILE + i is head j of query i.
     columns: tl.constexpr = J_ * TILE
@@ -173,7 +187,11 @@ def kernel(
     top = tl.max(largest, 0)
     index_lse = top + tl.log2(tl.sum(total * tl.exp2(largest - top[None, :]), 0))
 
-    wq = (w[:, None] * q).to(q.dtype)
+    if SPARSE:
+        DK += b * S * E
+        wq = (w[:, None] * q).to(q.dtype)
+    else:
+        GAPS += ((tile - first) * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :] * S
     dq = tl.zeros([E_, columns], tl.float32)
     loss = tl.zeros([BLOCK], tl.float32)
     for at in tl.range(low, high, BLOCK):
@@ -184,17 +202,60 @@ def kernel(
         log_q = _index_scores(dots, w2, TILE) - index_lse[None, :]
         loss += tl.sum(tl.where(sees & (p != 0), p * (tl.log2(p) - log_q), 0.0), 1)
         g = tl.where(sees, tl.exp2(log_q) - p, 0.0) * GAIN
-        u = tl.where(tl.reshape(dots, [BLOCK, J_, TILE]) > 0, g[:, None, :], 0.0)
-        u = tl.reshape(u, [BLOCK, columns]).to(k.dtype)
+        u = _of_heads(dots, g, J_).to(k.dtype)
         dq = tl.dot(tl.trans(k), u, dq, input_precision="ieee")
-        dk = tl.dot(u, wq, input_precision="ieee")
-        if DK.dtype.element_ty == tl.int64:
-            dk = tl.floor(dk * tl.load(UNIT) + 0.5).to(tl.int64)
-        tl.atomic_add(DK + key[:, None] * E + e[None, :], dk, mask=real[:, None] & (e[None, :] < E), sem="relaxed")
+        if SPARSE:
+            dk = tl.dot(u, wq, input_precision="ieee")
+            if DK.dtype.element_ty == tl.int64:
+                dk = tl.floor(dk * tl.load(UNIT) + 0.5).to(tl.int64)
+            tl.atomic_add(DK + key[:, None] * E + e[None, :], dk, mask=real[:, None] & (e[None, :] < E), sem="relaxed")
+        else:
+            tl.store(GAPS + key[:, None], g.to(GAPS.dtype.element_ty), mask=real[:, None] & ok[None, :])
 
     tl.store(LOSS + tile, tl.sum(loss))
     dq = tl.trans(dq)
     tl.store(DQ + ((b * T + t_of) * J + j)[:, None] * E + e[None, :], dq, mask=some[:, None] & (e[None, :] < E))
+
+
+@triton.jit
+def key_gradients(
+    GAPS, Q_INDEX, K_FINITE, W, START, STOP, SEEN, PARTS, first, last, T, S, tiles_of_row, across,
+    i_b, i_t, i_j,
+    J: tl.constexpr, E: tl.constexpr, J_: tl.constexpr, E_: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add what the tiles from `first` to `last` give to BLOCK keys: `across` tiles of a batch row to each of the PARTS `[parts, B, S, E]`."""
+    b = tl.program_id(2).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2) * tiles_of_row
+    low = tl.maximum(first, row) + tl.program_id(1) * across
+    high = tl.minimum(tl.minimum(last, row + tiles_of_row), low + across)
+    if low >= high:
+        return
+    nearest = tl.program_id(0) * BLOCK
+    key = (nearest + tl.arange(0, BLOCK)).to(tl.int64)
+    real = key < S
+    columns: tl.constexpr = J_ * TILE
+    j = (tl.arange(0, columns) // TILE).to(tl.int64)
+    e = tl.arange(0, E_)
+    k = _index_keys(K_FINITE + b * S * E, key, real, E, E_)
+    dk = tl.zeros([BLOCK, E_], tl.float32)
+    for tile in range(low, high):
+        t = (tile - row) * TILE + tl.arange(0, TILE)
+        start = tl.load(START + b * T + t, mask=t < T, other=S)
+        stop = tl.load(STOP + b * T + t, mask=t < T, other=0)
+        if tl.max(((start < stop) & (start < nearest + BLOCK) & (stop > nearest)).to(tl.int32), 0) > 0:
+            sees = real[:, None] & (key[:, None] >= start[None, :]) & (key[:, None] < stop[None, :])
+            g = tl.load(GAPS + ((tile - first) * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :] * S + key[:, None], mask=sees, other=0.0)
+            t_of = ((tile - row) * TILE + tl.arange(0, columns) % TILE).to(tl.int64)
+            some = (t_of < T) & (j < J)
+            seen = some & (tl.load(SEEN + b * T + t_of, mask=some, other=0) != 0)
+            q = tl.load(Q_INDEX + b * i_b + t_of[:, None] * i_t + j[:, None] * i_j + e[None, :], mask=seen[:, None] & (e[None, :] < E), other=0.0)
+            w = tl.load(W + (b * T + t_of) * J + j, mask=some, other=0.0)
+            dots = tl.dot(k, tl.trans(q), input_precision="ieee")
+            dk = tl.dot(_of_heads(dots, g, J_).to(k.dtype), (w[:, None] * q).to(q.dtype), dk, input_precision="ieee")
+    PARTS += ((part * tl.num_programs(2) + b) * S + key)[:, None] * E + e[None, :]
+    inside = real[:, None] & (e[None, :] < E)
+    tl.store(PARTS, tl.load(PARTS, mask=inside) + dk, mask=inside)
 
 
 class Tiles(NamedTuple):
@@ -254,28 +315,38 @@ def align(
     w = torch.where(seen[..., None], weights.float() * weight_scale, 0.0).contiguous()
     gain = 2.0**15 if both == torch.float16 else 1.0  # most of softmax - p, which is at most 1, is too small for float16
     tile = _tiles(q, k, query)
-    loss = torch.empty(B * tiles_of(T, tile.queries), dtype=torch.float32, device=q.device)
+    tiles, all_tiles = tiles_of(T, tile.queries), B * tiles_of(T, tile.queries)
+    loss = torch.empty(all_tiles, dtype=torch.float32, device=q.device)
     dq = torch.empty(B, T, J, E, dtype=torch.float32, device=q.device)
-    unit = _unit(query, w, seen, gain) if torch.are_deterministic_algorithms_enabled() else None
-    dk = torch.zeros(B, S, E, dtype=torch.float32 if unit is None else torch.int64, device=q.device)
+    padded = J, E, triton.next_power_of_2(J), max(16, triton.next_power_of_2(E))
 
-    def launch(first: int, programs: int, selected: Optional[Tensor], bits: Optional[Tensor], counts: Optional[Tensor]) -> None:
-        kernel[(programs,)](
-            q, k, query, keys, finite, w, lse, start, end, seen, selected, bits, counts, loss, dq, dk, unit,
-            first, scale * LOG2E.value, T, S, tiles_of(T, tile.queries), 0 if selected is None else selected.shape[-1],
-            *q.stride()[:3], *k.stride()[:3], *query.stride()[:3],
-            H, G, D, J, E, triton.next_power_of_2(J), max(16, triton.next_power_of_2(E)),
-            tile.queries, tile.keys, tile.heads, tile.channels, gain, selected is not None, num_warps=tile.warps, enable_fp_fusion=True,
+    def launch(part: slice, dk: Optional[Tensor], unit: Optional[Tensor], gaps: Optional[Tensor], union: tuple[Optional[Tensor], ...]) -> None:
+        kernel[(part.stop - part.start,)](
+            q, k, query, keys, finite, w, lse, start, end, seen, *union, loss, dq, dk, unit, gaps,
+            part.start, scale * LOG2E.value, T, S, tiles, 0 if union[0] is None else union[0].shape[-1],
+            *q.stride()[:3], *k.stride()[:3], *query.stride()[:3], H, G, D, *padded,
+            tile.queries, tile.keys, tile.heads, tile.channels, gain, union[0] is not None, num_warps=tile.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     if indices is None:
-        launch(0, loss.shape[0], None, None, None)
+        parts = torch.zeros(PARTS, B, S, E, dtype=torch.float32, device=q.device)
+        for part in chunks(all_tiles, tile.queries * S * keys.itemsize, workspace_mb):
+            gaps = torch.empty((part.stop - part.start) * tile.queries, S, dtype=both, device=q.device)
+            launch(part, None, None, gaps, (None, None, None))
+            across = triton.cdiv(min(tiles, part.stop - part.start), PARTS)
+            key_gradients[(triton.cdiv(S, tile.keys), PARTS, B)](
+                gaps, query, finite, w, start, end, seen, parts, part.start, part.stop, T, S, tiles, across,
+                *query.stride()[:3], *padded, tile.queries, tile.keys, num_warps=tile.warps, enable_fp_fusion=True,
+            )  # fmt: skip
+        dk = parts.sum(0)
     else:
+        unit = _unit(query, w, seen, gain) if torch.are_deterministic_algorithms_enabled() else None
+        dk = torch.zeros(B, S, E, dtype=torch.float32 if unit is None else torch.int64, device=q.device)
         for part, selected, bits, counts in unions(indices[:, :, None].contiguous(), S, tile.queries, workspace_mb):
-            launch(part.start, part.stop - part.start, selected, bits, counts)
+            launch(part, dk, unit, None, (selected, bits, counts))
+        if unit is not None:
+            dk = dk / unit + 0 * loss.sum()  # no integer is NaN
     total = loss.sum() * log(2) / rows
-    if unit is not None:
-        dk = dk / unit + 0 * total  # no integer is NaN
     dq /= rows * gain
     dw = torch.where(seen[..., None], torch.linalg.vecdot(dq, query.float()) * weight_scale, 0.0)
     dq, dk = dq * w[..., None], dk / (rows * gain)
