@@ -14,6 +14,7 @@ from tiny_model import converted, text  # noqa: E402
 from tiny_training import tokenizer, write_texts  # noqa: E402
 
 import skim  # noqa: E402
+import skim.training.stage  # noqa: E402
 from skim.training import Recipe, loop, prepare, train  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -77,6 +78,42 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(rows, tmp_path, monkeypatch,
     model = on_gpu()
     train(model, rows, Recipe(stage, length=LENGTH, precision="bf16", **changes), out=tmp_path / "cut", tokenizer=tokenizer(), resume=True)
     assert all(torch.equal(value, whole[name]) for name, value in weights(model).items())
+
+
+CAPTURED = [
+    ("warmup", {"variants": {"wide": {"index_head_dim": 32}}}, {}),
+    ("sparse", {}, {"accumulate": 2}),
+    ("sparse", {}, {"loss": "distill", "lora": 4}),
+]
+
+
+@pytest.mark.parametrize(("stage", "options", "changes"), CAPTURED)
+def test_a_captured_step_gives_the_bits_of_one_that_is_not(rows, tmp_path, monkeypatch, recwarn, stage, options, changes):
+    def trained(out):
+        model, recipe = on_gpu(), Recipe(stage, steps=8, length=LENGTH, precision="bf16", **changes)
+        return model, train(model, rows, recipe, out=out, tokenizer=tokenizer(), **options)
+
+    model, report = trained(tmp_path / "captured")
+    assert not [w for w in recwarn if "capture" in str(w.message)]
+
+    def refuse(*_):
+        raise RuntimeError("not now")
+
+    monkeypatch.setattr(skim.training.stage, "Captured", refuse)
+    other, told = trained(tmp_path / "not")
+    assert report["kl"] == told["kl"] and report["loss"] == told["loss"]
+    assert [v["kl"] for v in report["variants"].values()] == [v["kl"] for v in told["variants"].values()]
+    theirs = weights(other)
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(model).items())
+
+
+def test_a_model_that_waits_for_the_gpu_is_trained_all_the_same(rows, tmp_path):
+    model = on_gpu()
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: None if bool(args[0].isfinite().all()) else None)
+    with pytest.warns(UserWarning, match="can't capture"):
+        model, report = run(rows, tmp_path, model=model, steps=40)
+    assert sum(report["kl"][-5:]) < sum(report["kl"][:5])
+    assert bool(torch.rand(4, device="cuda").isfinite().all())  # random numbers work as before
 
 
 def test_an_adapter_of_the_warm_up_loads_into_a_fresh_model(rows, tmp_path):

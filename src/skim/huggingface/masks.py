@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_tracing
 
 PREFIX = "skim_"
 
@@ -48,7 +49,7 @@ def _mask_function(original: str) -> Callable[..., Any]:
         if expands and isinstance(arguments["kv_length"], int) and arguments["kv_length"] <= limit:
             return _dense(dense, arguments)
         visibility = _visibility(getattr(config, "model_type", "this model"), **arguments)
-        if expands and limit > 0 and not torch.compiler.is_compiling():
+        if expands and limit > 0 and not is_tracing():
             start, end = unpack_visibility(visibility)
             if int((end - start).max()) <= limit:
                 return _dense(dense, arguments)
@@ -109,14 +110,14 @@ def _visibility(
     def sees(key: Tensor) -> Tensor:
         return mask_function(row, head, query, key.clamp(first_key, last_key)).expand_as(query)
 
-    eager = not torch.compiler.is_compiling()
+    eager = not is_tracing()
     if eager and bool((sees(query + 1) & (query < last_key)).any()):
         raise ValueError(f"attention_mask: {family} lets a token read later ones (a bidirectional prefix, say), which Skim can't express")
 
     # What a query sees ends at itself, so its first key is found by halving: everything from there on is visible.
     low, high = torch.full_like(query, -1) + first_key, query
     # A compiled graph takes as many steps as any length needs, so that it serves them all.
-    for _step in range(kv_length.bit_length() if eager else 31):
+    for _step in range(31 if torch.compiler.is_compiling() else kv_length.bit_length()):
         middle = (low + high) // 2
         visible = sees(middle) & (middle > low)
         low, high = torch.where(visible, low, middle), torch.where(visible, middle, high)
@@ -125,7 +126,8 @@ def _visibility(
         first, last = _padding(attention_mask.bool(), eager)
         start, end = torch.maximum(start, first[:, None]), torch.minimum(end, last[:, None])
     start, end = (start - kv_offset).clamp(min=0), (end - kv_offset).clamp(min=0)
-    return torch.stack((torch.minimum(start, end), end), dim=-1).to(torch.int32)[:, None]
+    # Laid out so that `unpack_visibility` gives contiguous tensors, as the kernels read them.
+    return torch.stack((torch.minimum(start, end), end)).to(torch.int32).permute(1, 2, 0)[:, None]
 
 
 def _padding(mask: Tensor, eager: bool) -> tuple[Tensor, Tensor]:

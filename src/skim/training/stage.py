@@ -6,8 +6,10 @@ import contextlib
 import copy
 import hashlib
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -24,6 +26,7 @@ from skim.modules import IndexTensors, LightningIndexer
 from skim.ops import attend, attend_dense
 from skim.selection import Selection
 from skim.training.data import IGNORED
+from skim.training.graph import Captured, Tensors
 from skim.training.recipe import Recipe, index_rate, schedule
 from skim.training.variants import Variants
 
@@ -79,6 +82,10 @@ class Stage:
         self.training, self.mode = model.training, state_of(model).mode
         self.run: Any = None
         self.variants: Variants | None = None
+        # Checkpoints note the state of random numbers down on the host, and processes wait for each other there.
+        self.capturable = accelerator.device.type == "cuda" and accelerator.num_processes == 1 and not recipe.checkpointing
+        self.captured: Captured | None = None
+        self.compiled = False
         try:
             torch.manual_seed(recipe.seed)
             self.rms = input_rms(model, first)
@@ -89,6 +96,10 @@ class Stage:
             self._freeze()
             self.run = accelerator.prepare_model(decoder_of(model) if self.warm else self.model)
             self.optimizer = self._optimizer()
+            if self.capturable:
+                for group in self.optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = torch.zeros_like(parameter)
         except BaseException:  # out of memory, say
             self.close()
             raise
@@ -150,16 +161,10 @@ class Stage:
         tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).sum().float()
         if not self.warm:
             tokens = self.accelerator.reduce(tokens, "mean").clamp(min=1 / self.accelerator.num_processes)
-        losses, alignments = list[Tensor](), list[Tensor]()
-        layers: tuple[int, ...] = ()
+        found = list[Tensors]()
         for i, batch in enumerate(batches):
             with contextlib.nullcontext() if i == len(batches) - 1 else self.accelerator.no_sync(self.run):
-                loss, found = self._loss(batch, tokens, len(batches))
-                if loss is not None:
-                    losses.append(loss)
-                if found:
-                    layers = tuple(found)
-                    alignments.append(torch.stack(list(found.values())) / len(batches))
+                found.append(self._share({**batch, "tokens": tokens}, len(batches)))
         others = [[p for _, p in named] for named in self.others.values()]
         if self.accelerator.num_processes > 1:
             for parameter in itertools.chain(*others):
@@ -172,27 +177,53 @@ class Stage:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * schedule(number, recipe.steps, recipe.ramp, recipe.lr_end)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.accelerator.reduce(torch.stack(losses).sum(), "mean") if losses else None
-        if not alignments:
+        self.optimizer.zero_grad(set_to_none=not self.capturable)
+        self.compiled = True
+        total = {name: self.accelerator.reduce(torch.stack([of[name] for of in found]).sum(0), "mean") for name in found[0]}
+        loss, shares = total.pop("loss", None), total.pop("layers", None)
+        if shares is None:
             return Metrics(loss, None, {}, {})
-        shares = self.accelerator.reduce(torch.stack(alignments).sum(0), "mean")
-        variants = {name: self.accelerator.reduce(self.variants.take_loss(name), "mean") for name in self.others} if self.variants else {}
-        return Metrics(loss, shares.sum() / len(self.indexers), dict(zip(layers, shares)), variants)
+        variants = {name: total[f"variant {name}"] for name in self.others}
+        return Metrics(loss, shares.sum() / len(self.indexers), dict(zip(self.aligned, shares)), variants)
 
-    def _loss(self, batch: Batch, tokens: Tensor, batches: int) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """Run a batch forwards and backwards; its share of the step's loss, and the layers' alignment losses."""
+    def _share(self, inputs: Tensors, batches: int) -> Tensors:
+        """`_loss`, which is captured once its kernels are compiled."""
+        work = partial(self._loss, batches=batches)
+        if self.capturable and self.captured is None and self.compiled:
+            try:
+                self.captured = Captured(work, inputs)
+            except RuntimeError as error:  # a mixture of experts asks on the host who goes where, say
+                self.capturable = False
+                warnings.warn(f"CUDA can't capture a training step of {type(self.model).__name__}, so it takes longer: {error}", stacklevel=2)
+        return work(inputs) if self.captured is None else self.captured(inputs)
+
+    def _loss(self, batch: Tensors, batches: int) -> Tensors:
+        """Run a batch forwards and backwards.
+
+        Args:
+            batch: a Batch and `tokens`, how many labels of the step count.
+            batches: of the step.
+
+        Returns:
+            What the batch adds to the step's `loss` (not in the warm-up), to the alignment losses of the `layers` in
+            `aligned`, and to the mean alignment loss of each `variant NAME`.
+        """
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
         teacher = self._teacher_logits(inputs)
         aligning = self.warm or self.recipe.train_indexer
-        reading: Any = record(self.model) if aligning else use(self.model, selector=by_indexer)  # neither lets a mask be made
+        selector = state_of(self.model).selector or by_indexer
+        reading: Any = record(self.model) if aligning else use(self.model, selector=selector)  # neither lets a mask be made
         share = 1 / (len(self.indexers) * batches)
         with self._autocast(), reading as r, self.variants.learning(share) if self.variants else contextlib.nullcontext():
             out = self.run(**inputs, use_cache=False)
         alignment = r.alignment * share if aligning else 0.0
-        loss = None if self.warm else token_loss(out.logits, batch["labels"], teacher) / tokens
+        loss = None if self.warm else token_loss(out.logits, batch["labels"], teacher) / batch["tokens"]
         self.accelerator.backward(alignment if loss is None else loss + alignment)
-        return None if loss is None else loss.detach(), dict(r.alignments) if aligning else {}
+        found = {} if loss is None else {"loss": loss.detach()}
+        if aligning:
+            self.aligned = tuple(r.alignments)
+            found["layers"] = torch.stack(list(r.alignments.values())) / batches
+        return found | {f"variant {name}": self.variants.take_loss(name) / batches for name in self.others if self.variants}
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16, also under a bf16 base: the indexers' weights are float32."""
@@ -225,6 +256,7 @@ class Stage:
 
     def settle(self) -> None:
         """Bring the trained weights to the dtypes that they had before."""
+        self.captured = None
         for name, parameter in self.model.named_parameters():
             parameter.grad = None
             dtype = self.dtypes.get(name if self.recipe.lora is None else name.removeprefix("base_model.model."))
