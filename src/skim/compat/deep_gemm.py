@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from skim.ops import index_scores
-from skim.ops.codec import SCALE_BYTES, unpack_pages
+from skim.ops.checks import Quantised
+from skim.ops.codec import SCALE_BYTES
 from skim.ops.dispatch import processors
 
 
@@ -108,16 +109,14 @@ def fp8_paged_mqa_logits(
     lengths = context_lens
     if lengths.dim() == 1:
         lengths = (lengths[:, None] - torch.arange(T - 1, -1, -1, dtype=torch.int32, device=q.device)).clamp(min=0)
-    table = block_table[:, : -(-max_context_len // page)].long()
-    first = torch.arange(table.shape[1], device=q.device) * page
-    pages = kv_cache.flatten(1)[table.where(first < lengths.amax(1, keepdim=True), 0)]  # entries behind a sequence may be anything
-    logits = _logits(q, unpack_pages(pages, page), weights.view(B, T, J), torch.zeros_like(lengths), lengths, impl)[..., :max_context_len]
+    table = block_table[:, : -(-max_context_len // page)]
+    logits = _logits(q, kv_cache.flatten(1), weights.view(B, T, J), torch.zeros_like(lengths), lengths, impl, table)[..., :max_context_len]
     missing = max_context_len - logits.shape[-1]
     return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf).flatten(0, 1)
 
 
-def _logits(q: Tensor, k: tuple[Tensor, Tensor], weights: Tensor, start: Tensor, end: Tensor, impl: str) -> Tensor:
+def _logits(q: Tensor, k: Tensor | Quantised, weights: Tensor, start: Tensor, end: Tensor, impl: str, block_table: Tensor | None = None) -> Tensor:
     """Index scores `[B, T, S]` without the factors `J ** -0.5 * E ** -0.5` that Skim's have."""
     J, E = q.shape[2:]
     ones = torch.ones(q.shape[:-1], dtype=torch.float32, device=q.device)
-    return index_scores((q, ones), k, weights * (J * E) ** 0.5, start=start, end=end, impl=impl)
+    return index_scores((q, ones), k, weights * (J * E) ** 0.5, start=start, end=end, block_table=block_table, impl=impl)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from skim.huggingface.state import LayerInputs, Selector
 from skim.ops.attend.reference import by_key_head, dense_bytes, dense_keys
+from skim.ops.dispatch import run
 from skim.ops.score.reference import bounds, visible_mask
-from skim.ops.select.reference import top
 from skim.ops.workspace import chunks, workspace
 from skim.selection import Selection
 
@@ -49,10 +49,11 @@ def _ranked(score: Callable[[LayerInputs, int, slice, Tensor, Tensor], Tensor], 
     def select(inputs: LayerInputs, start: Tensor, end: Tensor) -> Selection:
         parts = []
         for b, rows in row_chunks(inputs, start.shape[1]):
-            mask = top(score(inputs, b, rows, start, end), start[b, rows], end[b, rows], budget, 0, 0, 0)
-            parts.append(Selection.from_mask(mask, budget))
+            scores, mb = score(inputs, b, rows, start, end), workspace(inputs.config.workspace_mb, start.device)
+            visible = start[b, rows].contiguous(), end[b, rows].contiguous()
+            parts.append(run("select", "top_k", "auto", start.device, scores.contiguous(), *visible, budget, mb))
         shape = (*start.shape, 1)
-        indices, counts = torch.cat([p.indices for p in parts]), torch.cat([p.counts for p in parts])
+        indices, counts = (torch.cat(of) for of in zip(*parts))
         return Selection(indices.view(*shape, budget), counts.view(shape))
 
     return select

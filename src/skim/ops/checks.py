@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Optional, Union
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 from skim.selection import Selection
 
 Quantised = tuple[Tensor, Tensor]
+SCALE_BYTES = torch.float32.itemsize
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def expect_tensor(name: str, value: object, dims: str) -> Tensor:
-    """`value` as a tensor with as many axes as `dims` has letters."""
+def expect_tensor(name: str, value: object, dims: Sequence[str]) -> Tensor:
+    """`value` as a tensor with as many axes as `dims` has letters or names."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor [{', '.join(dims)}], got {type(value).__name__}")
     if value.dim() != len(dims):
@@ -22,7 +24,7 @@ def expect_tensor(name: str, value: object, dims: str) -> Tensor:
     return value
 
 
-def expect_shape(name: str, value: Tensor, shape: tuple[int, ...], dims: str) -> None:
+def expect_shape(name: str, value: Tensor, shape: tuple[int, ...], dims: Sequence[str]) -> None:
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: expected [{', '.join(dims)}] = {tuple(shape)}, got {tuple(value.shape)}")
 
@@ -54,15 +56,32 @@ def expect_interval(start: Optional[Tensor], end: Optional[Tensor], B: int, T: i
     return start.expand(B, T), end.expand(B, T)
 
 
+def _packed_keys(packed: Tensor, E: int, paged: bool) -> Quantised:
+    """Values and scales in the bytes of `codec.pack` `[B, S, E + 4]` or, paged, of `codec.pack_pages` `[P, page * (E + 4)]`: views."""
+    dims = ("P", "page * (E + 4)") if paged else ("B", "S", "E + 4")
+    row, width = E + SCALE_BYTES, expect_tensor("k_index", packed, dims).shape[-1]
+    page = max(1, width // row) if paged else 1
+    expect_shape("k_index", packed, (*packed.shape[:-1], page * row), dims)
+    values, scale = packed.split((page * E, page * SCALE_BYTES), dim=-1)
+    # float32 lies at multiples of four bytes; a compiler doesn't say where.
+    if torch.compiler.is_compiling() or any(x % SCALE_BYTES for x in (scale.storage_offset(), *scale.stride()[:-1])) or scale.stride(-1) != 1:
+        scale = scale.contiguous()
+    values, scale = values.view(torch.float8_e4m3fn), scale.view(torch.float32)
+    return (values.unflatten(-1, (page, E)), scale) if paged else (values, scale[..., 0])
+
+
 def expect_index_inputs(
-    q_index: Union[Tensor, Quantised], k_index: Union[Tensor, Quantised], weights: Tensor
+    q_index: Union[Tensor, Quantised], k_index: Union[Tensor, Quantised], weights: Tensor, *, paged: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
-    """The index tensors, their shapes checked: q `[B, T, J, E]`, k `[B, S, E]`, weights `[B, T, J]`, and the FP8 scales."""
+    """The index tensors, their shapes checked: q `[B, T, J, E]`, k `[B, S, E]` or pages `[P, page, E]`, weights `[B, T, J]`, and the FP8 scales."""
+    keys = ("P", "page", "E") if paged else ("B", "S", "E")
     q, q_scale = q_index if isinstance(q_index, tuple) else (q_index, None)
+    B, T, J, E = expect_tensor("q_index", q, "BTJE").shape
+    if isinstance(k_index, Tensor) and k_index.dtype == torch.uint8:
+        k_index = _packed_keys(k_index, E, paged)
     k, k_scale = k_index if isinstance(k_index, tuple) else (k_index, None)
-    q, k, weights = expect_tensor("q_index", q, "BTJE"), expect_tensor("k_index", k, "BSE"), expect_tensor("weights", weights, "BTJ")
-    B, T, J, E = q.shape
-    expect_shape("k_index", k, (B, k.shape[1], E), "BSE")
+    k, weights = expect_tensor("k_index", k, keys), expect_tensor("weights", weights, "BTJ")
+    expect_shape("k_index", k, (k.shape[0] if paged else B, k.shape[1], E), keys)
     expect_shape("weights", weights, (B, T, J), "BTJ")
     expect_float("weights", weights)
     for name, value, scale in (("q_index", q, q_scale), ("k_index", k, k_scale)):
@@ -72,7 +91,7 @@ def expect_index_inputs(
         elif value.dtype != torch.float8_e4m3fn:
             raise TypeError(f"{name}: expected (float8_e4m3fn values, scale), got {value.dtype} values")
         else:
-            dims = "BTJ" if name == "q_index" else "BS"
+            dims = ("B", "T", "J") if name == "q_index" else keys[:2]
             expect_shape(f"{name} scale", expect_tensor(f"{name} scale", scale, dims), tuple(value.shape[:-1]), dims)
             expect_float(f"{name} scale", scale)
             expect_device(f"{name} scale", scale, value.device)

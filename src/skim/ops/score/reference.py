@@ -10,6 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from skim.ops.score.pages import in_one_piece
 from skim.ops.score.weights import head_weights
 from skim.ops.workspace import accumulator, chunks
 
@@ -82,9 +83,18 @@ def visible_mask(start: Tensor, end: Tensor, low: int, high: int) -> Tensor:
 
 
 def index_scores(
-    q: Tensor, k: Tensor, weights: Tensor, q_scale: Optional[Tensor], k_scale: Optional[Tensor], start: Tensor, end: Tensor, workspace_mb: int
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    q_scale: Optional[Tensor],
+    k_scale: Optional[Tensor],
+    start: Tensor,
+    end: Tensor,
+    workspace_mb: int,
+    block_table: Optional[Tensor] = None,
 ) -> Tensor:
     B, T, _, E = q.shape
+    k, k_scale = in_one_piece(k, k_scale, block_table)
     S = k.shape[1]
     w = head_weights(weights, q_scale, E)
     scores = torch.full((B, T, S), -torch.inf, dtype=accumulator(q.dtype), device=q.device)

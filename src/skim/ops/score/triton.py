@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from skim.ops.dispatch import capability, interpreted, shared_memory
+from skim.ops.score.pages import in_one_piece, length
 from skim.ops.score.weights import head_weights
 
 PROGRAMS = 264  # as many as fill a large card twice: where there are fewer tiles of queries, the keys are split
@@ -62,16 +63,48 @@ class Tile:
         return {name: getattr(self, name) for name in ("BN", "BQ", "BJ", "BE", "HEADS")}
 
 
-def operands(q: Tensor, k: Tensor, k_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """q and k in one dtype that the matrix units have (FP8 values are exact in any wider one), and k's scale."""
-    if q.dtype != k.dtype:
-        eight = torch.float8_e4m3fn
-        dtype = k.dtype if q.dtype == eight else q.dtype if k.dtype == eight else torch.promote_types(q.dtype, k.dtype)
-        q, k = q.to(dtype), k.to(dtype)
-    elif q.itemsize == 1 and (INTERPRETED or capability(q.device) < 89):
-        q, k = (x.to(torch.float32 if INTERPRETED else torch.bfloat16) for x in (q, k))
+@dataclass(frozen=True)
+class Keys:
+    """Index keys as the kernels read them: where they lie, in rows or in pages, in the dtype of the queries or in FP8."""
+
+    k: Tensor
+    scale: Tensor | None
+    block_table: Tensor | None
+
+    @property
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, scales and block table; what there is not is another tensor, which nothing reads."""
+        return self.k, self.k if self.scale is None else self.scale, self.k if self.block_table is None else self.block_table
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of keys, in units, and of scales: from one batch row or page, and from one key, to the next."""
+        return *(stride // self._unit for stride in self.k.stride()[:2]), *((0, 0) if self.scale is None else self.scale.stride())
+
+    @property
+    def constants(self) -> dict[str, int | bool]:
+        """PAGE is 0 where keys lie in rows."""
+        return {"SCALED": self.scale is not None, "PAGE": 0 if self.block_table is None else self.k.shape[1], "UNIT": self._unit}
+
+    @property
+    def _unit(self) -> int:
+        """Rows of 132 bytes lie at multiples of four, which a compiler doesn't know of a stride in bytes: it would read byte by byte."""
+        strides = self.k.stride()[:2]
+        return 4 if self.k.itemsize == 1 and any(x % 16 for x in strides) and not any(x % 4 for x in strides) else 1
+
+
+def operands(q: Tensor, k: Tensor, k_scale: Tensor | None, block_table: Tensor | None) -> tuple[Tensor, Keys]:
+    """q in a dtype that the matrix units have, and the keys: in FP8, which kernels widen (exactly) if q isn't, or in q's dtype."""
+    eight = torch.float8_e4m3fn
+    has_eight = INTERPRETED or capability(q.device) >= 89
+    if q.dtype == eight and (INTERPRETED or not has_eight or k.dtype != eight):
+        q = q.to(k.dtype if k.dtype != eight else torch.float32 if INTERPRETED else torch.bfloat16)
+    if q.dtype != k.dtype and not (k.dtype == eight and has_eight):
+        dtype = q.dtype if k.dtype == eight else torch.promote_types(q.dtype, k.dtype)
+        k, k_scale = in_one_piece(k, k_scale, block_table)
+        q, k, block_table = q.to(dtype), k.to(dtype), None
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    return q, k, None if k_scale is None else k_scale.float().contiguous()
+    return q, Keys(k, None if k_scale is None else k_scale.float(), block_table)
 
 
 @triton.jit
@@ -116,43 +149,40 @@ def sum_heads(q, w, k, head, J, BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.const
 
 
 @triton.jit
+def keys_of(K, K_SCALE, TABLE, b, stride_kb, stride_sb, S, PAGE: tl.constexpr, UNIT: tl.constexpr):
+    """Pointers to the keys and scales of batch row b, or, where they lie in pages, to its row of the block table."""
+    if PAGE > 0:
+        return K, K_SCALE, TABLE + b.to(tl.int64) * (S // PAGE)
+    else:
+        return K + b.to(tl.int64) * (stride_kb * UNIT), K_SCALE + b.to(tl.int64) * stride_sb, TABLE
+
+
+@triton.jit
 def score_tile(
-    q,
-    w,
-    Q,
-    W,
-    K,
-    K_SCALE,
-    key,
-    real,
-    stride_qt,
-    stride_qj,
-    stride_ks,
-    t0,
-    T,
-    J,
-    E,
-    BN: tl.constexpr,
-    BQ: tl.constexpr,
-    BJ: tl.constexpr,
-    BE: tl.constexpr,
-    HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-    SCALED: tl.constexpr,
-):
+    q, w, Q, W, K, K_SCALE, TABLE, key, real, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
+    BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
     """Scores of the keys `key` `[BN]`, where `real`, for the queries t0, t0 + 1, ...: `[BN, BQ]`.
 
-    q, w are the queries' first block of heads, from `load_queries`; all pointers are of one batch row.
+    q, w are the queries' first block of heads, from `load_queries`; all pointers are of one batch row, those of the keys from `keys_of`.
     """
     e = tl.arange(0, BE)
-    k = tl.load(K + key.to(tl.int64)[:, None] * stride_ks + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0)
+    if PAGE > 0:
+        page, slot = tl.load(TABLE + key // PAGE, mask=real, other=0).to(tl.int64), (key % PAGE).to(tl.int64)
+        keys, scales = K + (page * (stride_kb * UNIT) + slot * (stride_ks * UNIT)), K_SCALE + (page * stride_sb + slot * stride_ss)
+    else:
+        keys, scales = K + key.to(tl.int64) * (stride_ks * UNIT), K_SCALE + key.to(tl.int64) * stride_ss
+    k = tl.load(keys[:, None] + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0)
+    if k.dtype != q.dtype:  # FP8 keys of wider queries
+        k = k.to(q.dtype)
     _, head = column_query(BQ, BJ)
     scores = sum_heads(q, w, k, head, J, BN, BQ, BJ, PADDED and HEADS == 1)
     for block in tl.static_range(1, HEADS):
         more_q, more_w = load_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, block, BQ, BJ, BE)
         scores += sum_heads(more_q, more_w, k, block * BJ + head, J, BN, BQ, BJ, PADDED and block == HEADS - 1)
     if SCALED:
-        scores *= tl.load(K_SCALE + key, mask=real, other=0.0)[:, None]
+        scores *= tl.load(scales, mask=real, other=0.0)[:, None]
     return scores
 
 
@@ -173,9 +203,9 @@ def union(start, end, seen, S):
 
 @triton.jit
 def forward_kernel(
-    Q, K, W, K_SCALE, START, END, OUT, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, T, S, J, E, split,
+    Q, W, K, K_SCALE, TABLE, START, END, OUT, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, T, S, J, E, split,
     BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
-    STAGES: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BQ)
     b, t0 = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BQ
@@ -185,14 +215,16 @@ def forward_kernel(
     first, last = tl.program_id(1) * split, tl.minimum((tl.program_id(1) + 1) * split, S)
     begin = tl.minimum(tl.maximum(low // BN * BN, first), last)
     stop = tl.maximum(tl.minimum(high, last), begin)
-    Q, K, W, K_SCALE = Q + b.to(tl.int64) * stride_qb, K + b.to(tl.int64) * stride_kb, W + b.to(tl.int64) * T * J, K_SCALE + b.to(tl.int64) * S
+    Q, W = Q + b.to(tl.int64) * stride_qb, W + b.to(tl.int64) * T * J
+    K, K_SCALE, TABLE = keys_of(K, K_SCALE, TABLE, b, stride_kb, stride_sb, S, PAGE, UNIT)
     row = OUT + (b.to(tl.int64) * T + t)[None, :] * S
     q, w = load_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, 0, BQ, BJ, BE)
     for origin in tl.range(begin, stop, BN, num_stages=STAGES):
         key = origin + n
         scores = score_tile(
-            q, w, Q, W, K, K_SCALE, key, key < high, stride_qt, stride_qj, stride_ks, t0, T, J, E, BN, BQ, BJ, BE, HEADS, PADDED, SCALED
-        )
+            q, w, Q, W, K, K_SCALE, TABLE, key, key < high, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
+            BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT,
+        )  # fmt: skip
         visible = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
         tl.store(row + key[:, None], tl.where(visible, scores, float("-inf")), mask=(key < last)[:, None] & (t < T)[None, :])
     hidden = tl.full([BN, BQ], float("-inf"), tl.float32)
@@ -268,21 +300,28 @@ def refusal(function: str, args: tuple) -> str | None:
 
 
 def index_scores(
-    q: Tensor, k: Tensor, weights: Tensor, q_scale: Tensor | None, k_scale: Tensor | None, start: Tensor, end: Tensor, workspace_mb: int
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    start: Tensor,
+    end: Tensor,
+    workspace_mb: int,
+    block_table: Tensor | None = None,
 ) -> Tensor:
-    (B, T, J, E), S = q.shape, k.shape[1]
+    (B, T, J, E), S = q.shape, length(k, block_table)
     scores = torch.empty(B, T, S, dtype=torch.float32, device=q.device)
     if scores.numel() == 0:
         return scores
     w = head_weights(weights, q_scale, E).contiguous()
-    q, k, k_scale = operands(q, k, k_scale)
+    q, keys = operands(q, k, k_scale, block_table)
     tile = Tile.of(q)
     tiles = B * triton.cdiv(T, tile.BQ)
     split = triton.cdiv(triton.cdiv(S, triton.cdiv(PROGRAMS, tiles)), tile.BN) * tile.BN
     forward_kernel[(tiles, triton.cdiv(S, split))](
-        q, k, w, w if k_scale is None else k_scale, start.contiguous(), end.contiguous(), scores,
-        *q.stride()[:3], *k.stride()[:2], T, S, J, E, split,
-        **tile.constants, PADDED=J % tile.BJ != 0, SCALED=k_scale is not None, STAGES=tile.stages, num_warps=tile.WARPS, enable_fp_fusion=True,
+        q, w, *keys.pointers, start.contiguous(), end.contiguous(), scores, *q.stride()[:3], *keys.strides, T, S, J, E, split,
+        **tile.constants, **keys.constants, PADDED=J % tile.BJ != 0, STAGES=tile.stages, num_warps=tile.WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return scores
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from skim.ops.checks import Quantised, expect_index_inputs, expect_interval, expect_shape, expect_tensor
 from skim.ops.dispatch import call, run
+from skim.ops.score.pages import expect_block_table, length
 from skim.ops.select.adaptive import narrow
 from skim.ops.workspace import accumulator, workspace
 from skim.selection import Selection
@@ -20,6 +21,7 @@ def select(
     *,
     start: Optional[Tensor] = None,
     end: Optional[Tensor] = None,
+    block_table: Optional[Tensor] = None,
     keep_first: int = 0,
     keep_recent: int = 0,
     mass: Optional[float] = None,
@@ -43,10 +45,14 @@ def select(
     Args:
         q_index: `[B, T, J, E]` index queries, or `(float8_e4m3fn values, float32 scale [B, T, J])`. With five axes
             `[B, T, R, J, E]` (weights `[B, T, R, J]`) each query makes R selections over the same keys.
-        k_index: `[B, S, E]` index keys, or `(float8_e4m3fn values, float32 scale [B, S])`.
+        k_index: `[B, S, E]` index keys, or `(float8_e4m3fn values, float32 scale [B, S])`, or both in uint8 `[B, S, E + 4]`
+            (`codec.pack`). With `block_table` pages of a pool: `[P, page, E]`, `(values, scale [P, page])`, or uint8
+            `[P, page * (E + 4)]` (`codec.pack_pages`). They are read where they lie.
         weights: `[B, T, J]` signed head weights.
         budget: K >= 1, keys kept for a query.
         start, end: int32 `[B, T]`, see `visible`; both None is causal.
+        block_table: int32 `[B, N]`, the pages of each sequence in order, so that S = N * page. Entries of pages that no query
+            sees may be anything. `start` and `end` must be given.
         keep_first, keep_recent: so many of the first and of the last visible keys are always kept; they count
             against the budget.
         mass: above 0 and at most 1; None keeps `budget` keys whatever their share.
@@ -78,16 +84,17 @@ def select(
         expect_shape("weights", expect_tensor("weights", weights, "BTRJ"), tuple(values.shape[:-1]), "BTRJ")
         q_index = tuple(x.flatten(1, 2) for x in q_index) if isinstance(q_index, tuple) else q_index.flatten(1, 2)  # type: ignore[assignment]
         weights = weights.flatten(1, 2)
-    q, k, weights, q_scale, k_scale = expect_index_inputs(q_index, k_index, weights)
+    q, k, weights, q_scale, k_scale = expect_index_inputs(q_index, k_index, weights, paged=block_table is not None)
     B, rows = q.shape[:2]
     T = rows // R
-    start, end = expect_interval(start, end, B, T, k.shape[1], q.device)
+    block_table = expect_block_table(block_table, B, k, end)
+    start, end = expect_interval(start, end, B, T, length(k, block_table), q.device)
     if R > 1:
         start, end = start.repeat_interleave(R, 1), end.repeat_interleave(R, 1)
     q, k, weights = q.detach(), k.detach(), weights.detach()
     mb = workspace(workspace_mb, q.device)
     adaptive = None if mass is None else float(mass), min_budget
-    args = q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, mb, impl, *adaptive
+    args = q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, mb, impl, *adaptive, block_table
     indices, counts, scores, lse = call(_select, _run_select, *args)
     shape = (B, T, R, budget)
     if not with_scores:
@@ -111,12 +118,14 @@ def _run_select(
     impl: str,
     mass: Optional[float] = None,
     min_budget: int = 1,
+    block_table: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    args = q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores or mass is not None, workspace_mb
+    scored = with_scores or mass is not None
+    args = q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, scored, workspace_mb, block_table
     selected = run("select", "select", impl, q.device, *args)
     if mass is None:
         return selected
-    start, end = start.clamp(min=0), end.clamp(max=k.shape[1])
+    start, end = start.clamp(min=0), end.clamp(max=length(k, block_table))
     indices, counts, scores, lse = narrow(selected, start, end, mass, min_budget, (keep_first, keep_recent), workspace_mb)
     return (indices, counts, scores, lse) if with_scores else (indices, counts, scores.new_empty(0), lse.new_empty(0))
 
@@ -125,7 +134,10 @@ _select = torch.library.custom_op("skim::select", mutates_args=())(_run_select)
 
 
 @_select.register_fake
-def _(q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, impl, mass=None, min_budget=1):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    q, k, weights, q_scale, k_scale, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, impl, mass=None, min_budget=1,
+    block_table=None,
+):  # fmt: skip
     B, T = q.shape[:2]
     indices = q.new_empty(B, T, budget, dtype=torch.int32)
     counts = q.new_empty(B, T, dtype=torch.int32)

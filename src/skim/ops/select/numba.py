@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from skim.ops.jit import array, exp, in_threads, kernel
+from skim.ops.score.pages import in_one_piece
 from skim.ops.score.weights import head_weights
 
 KEYS = 256  # of a tile
@@ -27,6 +28,8 @@ LOWEST, HIGHEST = np.int32(-(2**31)), np.int32(2**31 - 1)
 
 def refusal(function: str, args: tuple[Any, ...]) -> Optional[str]:
     """Why `function` can't run on `args`, or None."""
+    if function == "top_k":
+        return "numba has no top-k of scores that are there already"
     return "numba computes in float32 only, the inputs are float64" if torch.float64 in (args[0].dtype, args[1].dtype, args[2].dtype) else None
 
 
@@ -209,9 +212,11 @@ def select(
     keep_recent: int,
     with_scores: bool,
     workspace_mb: int,
+    block_table: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the reference: indices `[B, T, K]`, counts `[B, T]`, and with `with_scores` their scores `[B, T, K]` and the lse `[B, T]`."""
     B, T, J, E = q.shape
+    k, k_scale = in_one_piece(k, k_scale, block_table)
     S = k.shape[1]
     indices = torch.full((B, T, budget), -1, dtype=torch.int32, device=q.device)
     counts = torch.zeros(B, T, dtype=torch.int32, device=q.device)

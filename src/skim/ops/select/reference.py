@@ -5,6 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from skim.ops.score.pages import in_one_piece
 from skim.ops.score.reference import TiledKeys, bounds, bytes_per_row, queries_per_tile, score_rows, visible_mask
 from skim.ops.score.weights import head_weights
 from skim.ops.workspace import accumulator, chunks
@@ -33,6 +34,12 @@ def top(scores: Tensor, start: Tensor, end: Tensor, budget: int, keep_first: int
     return above.logical_or_(equal)
 
 
+def top_k(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb: int) -> tuple[Tensor, Tensor]:
+    """indices int32 `[n, budget]`, ascending with -1 behind, and counts `[n]`, of what `top` keeps of float32 scores `[n, S]`."""
+    chosen = Selection.from_mask(top(scores, start, end, budget, 0, 0, 0), budget)
+    return chosen.indices, chosen.counts
+
+
 def select(
     q: Tensor,
     k: Tensor,
@@ -46,9 +53,11 @@ def select(
     keep_recent: int,
     with_scores: bool,
     workspace_mb: int,
+    block_table: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """indices `[B, T, K]`, counts `[B, T]`, and with `with_scores` their scores `[B, T, K]` and the lse `[B, T]`."""
     B, T, _, E = q.shape
+    k, k_scale = in_one_piece(k, k_scale, block_table)
     S, dtype = k.shape[1], accumulator(q.dtype)
     w = head_weights(weights, q_scale, E)
     indices = torch.full((B, T, budget), -1, dtype=torch.int32, device=q.device)

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from skim.ops.score import triton as score
-from skim.ops.score.triton import INTERPRETED, PROGRAMS, Tile, load_interval, load_queries, operands, score_tile, union
+from skim.ops.score.pages import length
+from skim.ops.score.triton import INTERPRETED, PROGRAMS, Tile, keys_of, load_interval, load_queries, operands, score_tile, union
 from skim.ops.score.weights import head_weights
 
 BUDGET = 8192  # the candidates of a row lie in the registers of one program
@@ -82,16 +83,19 @@ def sampled_key(stratum, stride):
 
 @triton.jit
 def scores_of(
-    q, w, Q, W, K, K_SCALE, key, real, stride_qt, stride_qj, stride_ks, t0, T, J, E,
+    q, w, Q, W, K, K_SCALE, TABLE, key, real, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
     BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
-    LOADED: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr,
 ):  # fmt: skip
     """Scores `[BN, BQ]`: made, or, where LOADED, read from Q `[T, S]`."""
     if LOADED:
         t = t0 + tl.arange(0, BQ)
         return tl.load(Q + (t.to(tl.int64) * stride_qt)[None, :] + key[:, None], mask=real[:, None] & (t < T)[None, :], other=0.0)
     else:
-        return score_tile(q, w, Q, W, K, K_SCALE, key, real, stride_qt, stride_qj, stride_ks, t0, T, J, E, BN, BQ, BJ, BE, HEADS, PADDED, SCALED)
+        return score_tile(
+            q, w, Q, W, K, K_SCALE, TABLE, key, real, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
+            BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -104,10 +108,10 @@ def first_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, BQ: tl.constexpr, BJ:
 
 @triton.jit(do_not_specialize=["tile0", "row0", "stride"])
 def sample_kernel(
-    Q, K, W, K_SCALE, START, END, RANKS, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, tile0, row0, T, S, J, E,
-    keep_first, keep_recent, capacity, stride, share,
+    Q, W, K, K_SCALE, TABLE, START, END, RANKS, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss,
+    tile0, row0, T, S, J, E, keep_first, keep_recent, capacity, stride, share,
     BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
-    LOADED: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """RANKS `[rows, BM]` of the sampled keys; those that a row doesn't see are left as they were. Grid: query tiles, shares of the sample."""
     tiles = tl.cdiv(T, BQ)
@@ -118,15 +122,17 @@ def sample_kernel(
     low, high = union(start, end, end - start > capacity, S)
     first = tl.maximum(low // stride // BN * BN, tl.program_id(1) * share)
     last = tl.minimum(tl.cdiv(high, stride), (tl.program_id(1) + 1) * share)
-    Q, K, W, K_SCALE = Q + b.to(tl.int64) * stride_qb, K + b.to(tl.int64) * stride_kb, W + b.to(tl.int64) * T * J, K_SCALE + b.to(tl.int64) * S
+    Q, W = Q + b.to(tl.int64) * stride_qb, W + b.to(tl.int64) * T * J
+    K, K_SCALE, TABLE = keys_of(K, K_SCALE, TABLE, b, stride_kb, stride_sb, S, PAGE, UNIT)
     out = RANKS + (b.to(tl.int64) * T + t - row0)[None, :] * BM
     q, w = first_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, BQ, BJ, BE, LOADED)
     for origin in tl.range(first, last, BN, num_stages=STAGES):
         stratum = origin + n
         key = sampled_key(stratum, stride)
         scores = scores_of(
-            q, w, Q, W, K, K_SCALE, key, key < high, stride_qt, stride_qj, stride_ks, t0, T, J, E, BN, BQ, BJ, BE, HEADS, PADDED, SCALED, LOADED
-        )
+            q, w, Q, W, K, K_SCALE, TABLE, key, key < high, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
+            BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT, LOADED,
+        )  # fmt: skip
         rank = rank_of(scores, key[:, None], start[None, :], end[None, :], keep_first, keep_recent)
         tl.store(out + stratum[:, None], rank, mask=(key[:, None] >= start[None, :]) & (key[:, None] < end[None, :]))
 
@@ -215,10 +221,12 @@ def before_and_total(chosen, BN: tl.constexpr, BQ: tl.constexpr, WARPS: tl.const
 
 @triton.jit(do_not_specialize=["tile0", "row0"])
 def candidates_kernel(
-    Q, K, W, K_SCALE, START, END, SCORE, POSITION, ENTRIES, COUNTS, MAXIMA, SUMS, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks,
+    Q, W, K, K_SCALE, TABLE, START, END, SCORE, POSITION, ENTRIES, COUNTS, MAXIMA, SUMS,
+    stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss,
     tile0, row0, T, S, J, E, budget, keep_first, keep_recent, split, segment,
     BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
-    LOADED: tl.constexpr, SAMPLED: tl.constexpr, DIRECT: tl.constexpr, ROW_WARPS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr, SAMPLED: tl.constexpr, DIRECT: tl.constexpr, ROW_WARPS: tl.constexpr,
+    KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Appends what is above the thresholds to ENTRIES `[rows, splits, segment]`, (score's bits, position) as int64, and counts it in COUNTS
@@ -236,7 +244,8 @@ def candidates_kernel(
     sees = end > start
     low, high = union(start, end, sees, S)
     low, high = tl.maximum(low // BN * BN, tl.program_id(1) * split), tl.minimum(high, (tl.program_id(1) + 1) * split)
-    Q, K, W, K_SCALE = Q + b.to(tl.int64) * stride_qb, K + b.to(tl.int64) * stride_kb, W + b.to(tl.int64) * T * J, K_SCALE + b.to(tl.int64) * S
+    Q, W = Q + b.to(tl.int64) * stride_qb, W + b.to(tl.int64) * T * J
+    K, K_SCALE, TABLE = keys_of(K, K_SCALE, TABLE, b, stride_kb, stride_sb, S, PAGE, UNIT)
     row = b.to(tl.int64) * T + t - row0
     if SAMPLED:
         point, position = tl.load(SCORE + row, mask=t < T, other=0.0), tl.load(POSITION + row, mask=t < T, other=0)
@@ -252,31 +261,11 @@ def candidates_kernel(
     for origin in tl.range(low, high, BN, num_stages=STAGES):
         origin = tl.multiple_of(origin, BN)
         key = origin + (n if LOADED else rows_of_keys(BN, ROW_WARPS))
+        real = key < (S if LOADED else high)
         scores = scores_of(
-            q,
-            w,
-            Q,
-            W,
-            K,
-            K_SCALE,
-            key,
-            key < (S if LOADED else high),
-            stride_qt,
-            stride_qj,
-            stride_ks,
-            t0,
-            T,
-            J,
-            E,
-            BN,
-            BQ,
-            BJ,
-            BE,
-            HEADS,
-            PADDED,
-            SCALED,
-            LOADED,
-        )
+            q, w, Q, W, K, K_SCALE, TABLE, key, real, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
+            BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT, LOADED,
+        )  # fmt: skip
         key = key[:, None]
         ranked = tl.maximum(scores, -FINITE)  # NaN too
         if (origin < inner_low) | (origin + BN > inner_high):
@@ -426,10 +415,10 @@ def choose_of_all(SCORES, INDICES, CHOSEN, start, end, wanted, keep_first, keep_
 
 @triton.jit(do_not_specialize=["tile0", "row0", "count"])
 def exhaustive_kernel(
-    Q, K, W, K_SCALE, START, END, FLAGS, SCRATCH, INDICES, CHOSEN, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks,
-    tile0, row0, count, T, S, J, E, budget, keep_first, keep_recent,
+    Q, W, K, K_SCALE, TABLE, START, END, FLAGS, SCRATCH, INDICES, CHOSEN,
+    stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, tile0, row0, count, T, S, J, E, budget, keep_first, keep_recent,
     BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
-    LOADED: tl.constexpr, WITH_SCORES: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr, WITH_SCORES: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The flagged rows of `count` query tiles, from all their scores, which each program holds in its own SCRATCH `[BQ, S]`."""
     tiles = tl.cdiv(T, BQ)
@@ -443,13 +432,14 @@ def exhaustive_kernel(
             if not LOADED:
                 start, end = load_interval(START, END, b, t, T, S)
                 low, high = union(start, end, flagged, S)
-                q_b, k_b, w_b = Q + b.to(tl.int64) * stride_qb, K + b.to(tl.int64) * stride_kb, W + b.to(tl.int64) * T * J
+                q_b, w_b = Q + b.to(tl.int64) * stride_qb, W + b.to(tl.int64) * T * J
+                k_b, scale_b, table_b = keys_of(K, K_SCALE, TABLE, b, stride_kb, stride_sb, S, PAGE, UNIT)
                 q, w = load_queries(q_b, w_b, stride_qt, stride_qj, t0, T, J, E, 0, BQ, BJ, BE)
                 for origin in tl.range(low // BN * BN, high, BN, num_stages=STAGES):
                     key = origin + n
                     scores = score_tile(
-                        q, w, q_b, w_b, k_b, K_SCALE + b.to(tl.int64) * S, key, key < high, stride_qt, stride_qj, stride_ks, t0, T, J, E,
-                        BN, BQ, BJ, BE, HEADS, PADDED, SCALED,
+                        q, w, q_b, w_b, k_b, scale_b, table_b, key, key < high, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss,
+                        t0, T, J, E, BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT,
                     )  # fmt: skip
                     tl.store(SCRATCH + (query.to(tl.int64) * S)[None, :] + key[:, None], scores, mask=(key < high)[:, None] & flagged[None, :])
                 tl.debug_barrier()  # other threads wrote the scores
@@ -473,7 +463,7 @@ def refusal(function: str, args: tuple) -> str | None:
         keys = scores.shape[1]
         reason = None if scores.dtype == torch.float32 else f"Triton kernels select from float32 scores, not from {scores.dtype}"
     else:
-        keys, budget = args[1].shape[1], args[7]
+        keys, budget = length(args[1], args[12]), args[7]
         reason = score.refusal(function, args)
     if reason is None and sampling(min(budget, max(keys, 1)), max(keys, 1), 128)[0] > STRATA:
         reason = f"Triton kernels sample up to {STRATA} keys of a row, and {keys} keys with a budget of {budget} need more"
@@ -499,7 +489,7 @@ def sampling(budget: int, S: int, BN: int) -> tuple[int, int, int]:
 
 
 def _select(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, ...],
     strides: tuple[int, ...],
     sizes: tuple[int, int, int, int, int],
     tile: Tile,
@@ -594,16 +584,18 @@ def select(
     keep_recent: int,
     with_scores: bool,
     workspace_mb: int,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """indices `[B, T, K]`, counts `[B, T]`, and with `with_scores` their scores `[B, T, K]` and the lse `[B, T]`."""
-    (B, T, J, E), S = q.shape, k.shape[1]
+    (B, T, J, E), S = q.shape, length(k, block_table)
     w = head_weights(weights, q_scale, E).contiguous()
-    q, k, k_scale = operands(q, k, k_scale)
+    q, keys = operands(q, k, k_scale, block_table)
     tile = Tile.of(q)
-    constants: dict[str, int | bool] = {"PADDED": J % tile.BJ != 0, "SCALED": k_scale is not None, "LOADED": False}
-    inputs = q, k, w, w if k_scale is None else k_scale
-    strides = *q.stride()[:3], *k.stride()[:2]
-    return _select(inputs, strides, (B, T, S, J, E), tile, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, constants)
+    constants: dict[str, int | bool] = {**keys.constants, "PADDED": J % tile.BJ != 0, "LOADED": False}
+    strides = *q.stride()[:3], *keys.strides
+    return _select(
+        (q, w, *keys.pointers), strides, (B, T, S, J, E), tile, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, constants
+    )
 
 
 def top_k(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb: int = 512) -> tuple[Tensor, Tensor]:
@@ -618,10 +610,9 @@ def top_k(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb:
     """
     rows, S = scores.shape
     tile = Tile(BN=2048, BQ=1, BJ=1, BE=16, HEADS=1, WARPS=4, stages=3)
-    constants: dict[str, int | bool] = {"PADDED": False, "SCALED": False, "LOADED": True}
-    strides = 0, scores.stride(0), 0, 0, 0
-    inputs = (scores,) * 4
+    constants: dict[str, int | bool] = {"PADDED": False, "SCALED": False, "PAGE": 0, "UNIT": 1, "LOADED": True}
+    strides = 0, scores.stride(0), 0, 0, 0, 0, 0
     indices, counts, _, _ = _select(
-        inputs, strides, (1, rows, S, 1, 1), tile, start[None], end[None], budget, 0, 0, False, workspace_mb, constants
+        (scores,) * 5, strides, (1, rows, S, 1, 1), tile, start[None], end[None], budget, 0, 0, False, workspace_mb, constants
     )  # fmt: skip
     return indices[0], counts[0]
