@@ -115,7 +115,7 @@ class Cache:
         for at in range(0, tokens, step):
             hidden = layer.hidden(min(step, tokens - at), batch)
             table = layer.table(at, hidden.shape[1])
-            k = layer.indexer(hidden, table, None, keys_only=True).k
+            k = layer.indexer(hidden, table, None, reads="dense").k
             cache.write(at, layer.latents(hidden, table), codec.quantise(codec.hadamard(k)))
         return cache
 
@@ -425,7 +425,7 @@ def fp8_rows(layer: Layer, plan: Plan) -> Iterator[dict[str, Any]]:
         hidden = layer.hidden(min(plan.chunk, n - at))
         table = layer.table(at, hidden.shape[1])
         latents.append(layer.latents(hidden, table).bfloat16())
-        keys.append(codec.hadamard(layer.indexer(hidden, table, None, keys_only=True).k.bfloat16()))
+        keys.append(codec.hadamard(layer.indexer(hidden, table, None, reads="dense").k.bfloat16()))
     bf16, k_index = torch.cat(latents, dim=1), torch.cat(keys, dim=1)
     hidden, table, (start, end) = layer.hidden(T), layer.table(n - T, T), everything(1, T, n, layer.device)
     q_latent, nope, rope = layer.queries(hidden, table)

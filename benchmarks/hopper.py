@@ -6,7 +6,7 @@
 Nothing is timed before it was compared with another implementation; relative errors are printed. The peers' rates are
 those of an H100 whose bf16 8192^3 product ran at 716 TFLOPS, scaled by the rate of the same product in this run. What
 each variant should gain, and what it did, is in benchmarks/log.md. Results are written after each part.
-Rows: what score.py knows as H1 to H9; "variants" are for the log.
+Rows: what score.py knows as H1 to H9; "variants" are for the log, "dense" is what decoding over all keys reaches.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import skim
 from skim.bench.measure import measure
 from skim.bench.runner import machine
 from skim.bench.selections import selection
-from skim.ops.codec import quantise
+from skim.ops.codec import LATENT_BLOCK, pack_latent, quantise
 from skim.ops.dispatch import processors
 
 shipped = import_module("skim.ops.attend.hopper")
@@ -163,7 +163,7 @@ def _scores(
         mbarrier.arrive(done, count=1)
         lse = gl.where(empty, float("-inf"), (largest + gl.log2(total)) / LOG2E)
         gl.store(LSE + task * ROWS + gl.arange(0, ROWS, of_scores), lse)
-        _store_half(OUT, acc, gl.convert_layout(factor, of_sums), task // BLOCKS, task % BLOCKS * ROWS, T, BLOCKS * ROWS, ROWS)
+        _store_half(OUT, acc, gl.convert_layout(factor, of_sums), task // BLOCKS, task % BLOCKS * ROWS, T, BLOCKS * ROWS, ROWS, 1)
         phase ^= 1
 
 
@@ -194,7 +194,7 @@ def _right_half(
         after = task + gl.num_programs(0)
         if after < tasks:
             _load_queries(Q, q_t, q_h, after // BLOCKS, after % BLOCKS * ROWS, T, q, q_rope, queries, BLOCKS * ROWS, DR, ROWS)
-        _store_half(OUT + HALF, acc, factor, task // BLOCKS, task % BLOCKS * ROWS, T, BLOCKS * ROWS, ROWS)
+        _store_half(OUT + HALF, acc, factor, task // BLOCKS, task % BLOCKS * ROWS, T, BLOCKS * ROWS, ROWS, 1)
         phase ^= 1
 
 
@@ -246,10 +246,13 @@ MATMUL = 716e12  # operations a second where the peers were measured
 T, K, D, V = 4096, 2048, 576, 512
 CAUSAL = sum(min(t + 1, K) for t in range(T))  # pairs of queries and keys from the first token on
 NEAR, MIDDLE, FAR = 8192, 32768, 131072
+DECODING = 128  # rows that decode together
 PEERS = {  # the best of each: operations a second, or seconds
     "H1": {NEAR: 597e12, MIDDLE: 546e12, FAR: 491e12},
     "H2": {NEAR: 591e12, MIDDLE: 531e12, FAR: 392e12},
     "H3": {16: 148e12, 32: 295e12},
+    "H4": {1: 397e12, 2: 411e12},
+    "H5": {1: 0.128e-3},
     "H6": {NEAR: 1003e12, MIDDLE: 1003e12, FAR: 992e12},
     "H7": {MIDDLE: 0.407e-3, FAR: 1.56e-3},
     "H8": {FAR: 10.3e-3},
@@ -329,9 +332,18 @@ def matmul_rate() -> float:
     return 2 * 8192**3 / measure(lambda x: x[0] @ x[1], pairs, DEVICE, seconds=0.3).ms * 1e3
 
 
-def row(case: str, n: int, run: Callable[[Any], Any], inputs: Sequence[Any], peer: float | None, flops: float | None = None, **more: Any) -> Row:
+def row(
+    case: str,
+    n: int,
+    run: Callable[[Any], Any],
+    inputs: Sequence[Any],
+    peer: float | None,
+    flops: float | None = None,
+    graph: bool = False,
+    **more: Any,
+) -> Row:
     """A timed row for n keys. peer: seconds, where the product ran at MATMUL."""
-    ms = measure(run, inputs, DEVICE, seconds=0.25).ms
+    ms = measure(run, inputs, DEVICE, graph=graph, seconds=0.25).ms
     return {"case": case, "kind": "-", "n": n, **more, "ms": ms, "tflops": flops and flops / ms / 1e9, "peer": peer}
 
 
@@ -363,6 +375,53 @@ def few_heads() -> Iterator[Row]:
                 run = lambda x: run_shipped(q, k, x, impl=impl)  # noqa: B023, E731
                 flops = attention_flops(heads)
                 yield row("H3", NEAR, run, sets, flops / PEERS["H3"][heads], flops, kind=kind, heads=heads, impl=impl)
+
+
+def cached_latents(rows: int, keys: int) -> dict[str, Tensor]:
+    """Latents of that many sequences in bf16 and in 656 bytes. Four are drawn; the others hold the same numbers elsewhere."""
+    drawn = draw(4, keys, 1, D)
+    values, scale = quantise(drawn[..., :V].unflatten(-1, (-1, LATENT_BLOCK)))
+    packed = pack_latent(values.flatten(-2), scale, drawn[..., V:])
+    return {"bf16": drawn.repeat(rows // 4, 1, 1, 1), "fp8": packed.repeat(rows // 4, 1, 1, 1)}
+
+
+def agreed(name: str, runs: dict[str, Callable[[], tuple[Tensor, Tensor]]]) -> None:
+    """Compare what two implementations make of the same inputs."""
+    (out, lse), (other, other_lse) = (run() for run in runs.values())
+    errors = error(out, other.double()), error(lse, other_lse.double())
+    print(f"  {name}, {' against '.join(runs)}: out {errors[0]:.1e}, lse {errors[1]:.1e}", flush=True)
+    if errors[0] > 6e-3 or errors[1] > 1e-5:
+        raise ValueError(f"{name}: expected results within 6e-3 and 1e-5 of each other, got {errors}")
+
+
+def decoding(id_: str, heads: int) -> Iterator[Row]:
+    """Few queries of each of many sequences, from caches in FP8 and in bf16."""
+    caches = cached_latents(DECODING, MIDDLE)
+    for queries, peer in PEERS[id_].items():
+        flops = attention_flops(heads, DECODING * queries * K)
+        q = draw(DECODING, queries, heads, D)
+        sets = [random_rows(DECODING * queries, MIDDLE, K).view(DECODING, queries, 1, K) for _ in range(3)]
+        for form, k in caches.items():
+            runs = {impl: partial(skim.attend, q, k, v_channels=V, scale=SCALE, impl=impl) for impl in ("hopper", "triton")}
+            agreed(f"{id_} {form}", {impl: partial(run, indices=sets[0]) for impl, run in runs.items()})
+            for impl, run in runs.items():
+                seconds = peer if id_ == "H5" else flops / peer
+                more = {"kind": form, "heads": heads, "queries": queries, "impl": impl}
+                yield row(id_, MIDDLE, lambda x: run(indices=x), sets, seconds, flops, graph=True, **more)  # noqa: B023
+
+
+def dense_decoding() -> Iterator[Row]:
+    """One query of each of 32 sequences over all of 128k keys."""
+    rows, heads = 32, 128
+    end = torch.full((rows, 1), FAR, dtype=torch.int32, device=DEVICE)
+    sets = [draw(rows, 1, heads, D) for _ in range(2)]
+    for form, k in cached_latents(rows, FAR).items():
+        options = {"start": torch.zeros_like(end), "end": end, "v_channels": V, "scale": SCALE}
+        runs = {impl: partial(skim.attend_dense, k=k, impl=impl, **options) for impl in ("hopper", "triton")}
+        agreed(f"dense {form}", {impl: partial(run, sets[0]) for impl, run in runs.items()})
+        for impl, run in runs.items():
+            found = row("dense", FAR, lambda x: run(x), sets, None, attention_flops(heads, rows * FAR), graph=True, kind=form, heads=heads, impl=impl)  # noqa: B023
+            yield {**found, "tb_per_s": k.nbytes / found["ms"] / 1e9}
 
 
 def index_tensors(queries: int, keys: int) -> tuple[Any, Any, Tensor]:
@@ -423,6 +482,9 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "H1": lambda: prefill("H1", 128),
     "H2": lambda: prefill("H2", 64),
     "H3": few_heads,
+    "H4": lambda: decoding("H4", 128),
+    "H5": lambda: decoding("H5", 16),
+    "dense": dense_decoding,
     "H6": scores,
     "H7": top_k,
     "H8": selecting,
@@ -432,9 +494,13 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
 
 
 def shown(row: Row, rate: float) -> str:
-    parts = [f"{row['case']} {', '.join(str(row[key]) for key in ('kind', 'n', 'heads', 'impl', 'variant') if key in row)}: {row['ms']:.3f} ms"]
+    parts = [
+        f"{row['case']} {', '.join(str(row[key]) for key in ('kind', 'n', 'heads', 'queries', 'impl', 'variant') if key in row)}: {row['ms']:.3f} ms"
+    ]
     if row["tflops"]:
         parts.append(f"{row['tflops']:.0f} TFLOPS")
+    if "tb_per_s" in row:
+        parts.append(f"{row['tb_per_s']:.2f} TB/s of keys")
     if row["ratio"]:
         parts.append(f"{row['ratio']:.3f} of the peer's rate at {rate / 1e12:.0f} TFLOPS")
     return ", ".join(parts)

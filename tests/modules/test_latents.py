@@ -43,27 +43,6 @@ def test_unpacked_rows_are_as_near_as_three_bits_of_mantissa(scale_format):
     assert torch.equal(latents.unpack(x, torch.float32), x), "what isn't FP8 stays as it is"
 
 
-def test_only_rows_that_are_read_are_unpacked_where_they_are_few():
-    rows = latents.pack(gaussian(2, 300, 576), "float32")
-    q = gaussian(2, 3, 4, 576, seed=1)
-    indices = torch.stack([torch.randperm(300, generator=torch.Generator().manual_seed(i))[:8] for i in range(6)]).view(2, 3, 1, 8)
-    indices[0, 0, 0, 0] = 0
-    indices[0, 1, 0, 5:] = -1
-    indices[1, 2] = -1
-    selection = skim.Selection.from_indices(indices)
-    keys, picks = latents.unpack_read(rows[:, :, None], selection, torch.float32)
-    assert keys.shape == (2, 24, 1, 576)
-    picks.check(24)
-    everything, same = latents.unpack_read(rows[:, :20, None], selection, torch.float32)
-    assert everything.shape == (2, 20, 1, 576) and same is selection
-    whole = latents.unpack(rows, torch.float32)[:, :, None]
-    for one, other in zip(
-        skim.attend(q, keys, selection=picks, v_channels=512, impl="reference"),
-        skim.attend(q, whole, selection=selection, v_channels=512, impl="reference"),
-    ):
-        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
-
-
 @every_format
 @pytest.mark.parametrize(("size", "most"), [(0.1, 3e-2), (1.0, 5e-2)], ids=["flat attention", "sharp attention"])
 def test_attention_over_fp8_latents_is_within_a_few_percent(size, most, scale_format):

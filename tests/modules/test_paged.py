@@ -65,19 +65,19 @@ def test_selections_and_attention_are_those_over_contiguous_keys(fp8):
     expected = pages.indexer.select(q_index, pages.indexer.cached(keys), weights, K, start=start, end=end)
     assert torch.equal(found.indices, expected.indices) and int(found.counts.min()) < K
     held = latents.unpack(latents.pack(latent, "float32"), torch.float32) if fp8 else latent
-    exact = skim.attend(q, held[:, :, None], selection=expected, scale=192**-0.5, v_channels=512)
+    impl = "reference" if fp8 else "auto"  # where FP8 is read on a CPU
+    exact = skim.attend(q, held[:, :, None], selection=expected, scale=192**-0.5, v_channels=512, impl=impl)
     for one, other in zip(pages.attend(BLOCKS, q, found, scale=192**-0.5, v_channels=512), exact):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_latents_in_fp8_are_unpacked_all_at_once_where_they_are_fewer_than_what_is_read():
+def test_latents_in_fp8_are_read_where_they_lie_by_many_queries_too():
     pages, latent, _ = filled(True)
     start, end = (x.expand(2, -1) for x in skim.visible(LENGTH, LENGTH))
     q, index = gaussian(2, LENGTH, 4, 576), (gaussian(2, LENGTH, 8, 128, seed=1), gaussian(2, LENGTH, 8, seed=2))
     selection = pages.select(BLOCKS, *index, K, start=start, end=end)
-    assert LENGTH * K > PAGES * PAGE
     held = latents.unpack(latents.pack(latent, "float32"), torch.float32)
-    exact = skim.attend(q, held[:, :, None], selection=selection, scale=0.1, v_channels=512)
+    exact = skim.attend(q, held[:, :, None], selection=selection, scale=0.1, v_channels=512, impl="reference")
     for one, other in zip(pages.attend(BLOCKS, q, selection, scale=0.1, v_channels=512), exact):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 

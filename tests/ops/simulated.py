@@ -180,8 +180,12 @@ def _nothing(*args: Any, **options: Any) -> None:
 
 
 LANGUAGE = SimpleNamespace(
-    **{name: getattr(torch, name) for name in ("int32", "int64", "float32", "bfloat16", "float16", "where", "maximum", "exp2", "log2")},
+    **{name: getattr(torch, name) for name in ("uint8", "int32", "int64", "float32", "bfloat16", "float16", "where", "maximum", "exp2", "log2")},
     constexpr=None,
+    float8e4nv=torch.float8_e4m3fn,
+    cast=lambda x, dtype, bitcast=False: x.view(dtype) if bitcast else x.to(dtype),
+    join=lambda a, b: torch.stack((a, b), -1),
+    reshape=lambda x, shape: x.reshape(shape),
     SliceLayout=_nothing,
     DotOperandLayout=_nothing,
     program_id=lambda axis: torch.tensor(here.program, dtype=torch.int32),

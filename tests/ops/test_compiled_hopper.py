@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,21 @@ pytest.importorskip("triton")
 
 from test_compiled import SHARED, found  # noqa: E402
 
+# Of calls: which may spill, how many bytes at most, and why. Nothing is spilled between matrix products.
+SPILLS = [
+    (r"attend_dense|decode", 32, "addresses from task to task"),
+    (r" 656 ", 96, "addresses of the group that gathers, beside the codes on their way"),
+    (r" 656 .*decode", 640, "addresses of the outputs' parts, between tasks"),
+]
+
 
 @pytest.mark.slow
 def test_attention_over_latents(tmp_path: Path) -> None:
     kernels = {row["call"]: row for row in found(90, ("hopper",), tmp_path) if row["kernel"] == "forward"}
-    assert set(kernels) == {"128/1 576 attend", "64/1 512 attend", "100/1 576 attend", "16/1 576 attend"}
+    assert len(kernels) == 16
     for call, row in kernels.items():
         # A block of 64 keys: scores once, 16 channels at a time; then values, 16 keys at a time, in two halves.
-        assert row["products"] == {"m64n64k16": 36 if " 576 " in call else 32, "m64n256k16": 8}, call
-        assert row["spilled"] == 0, call
+        assert row["products"] == {"m64n64k16": 32 if " 512 " in call else 36, "m64n256k16": 8}, call
+        assert row["spilled"] <= max((most for pattern, most, _ in SPILLS if re.search(pattern, call)), default=0), call
         assert row["shared"] <= SHARED[90] << 10, call
         assert row["warps"] == 12, call

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from skim.ops import attend, attend_dense
-from skim.ops.codec import LATENT, LATENT_BLOCK, ROPE, SCALE_BYTES, dequantise, unpack_latent
+from skim.ops.attend.packed import BYTES
+from skim.ops.codec import LATENT
 from skim.ops.workspace import chunks, workspace
-
-ROW_BYTES = LATENT + LATENT // LATENT_BLOCK * SCALE_BYTES + 2 * ROPE  # of a token in the FP8 cache: 656
 
 
 @dataclass
@@ -95,7 +94,7 @@ def flash_mla_with_kvcache(
         q: `[batch_size, seq_len_q, num_heads_q, head_dim]`.
         k_cache: `[num_blocks, page_block_size, num_heads_k, head_dim]` in the dtype of q; with `is_fp8_kvcache`
             `[num_blocks, page_block_size, 1, 656]` in any type of one byte: 512 e4m3 values, 4 float32 scales of 128 of them
-            each, 64 bfloat16 rotated channels.
+            each, 64 bfloat16 rotated channels. Read where it lies, unless pages lie apart by no whole number of rows.
         block_table, cache_seqlens: int32 `[batch_size, max_num_blocks_per_seq]` and `[batch_size]`, for dense attention.
         head_dim_v: channels of the values.
         tile_scheduler_metadata, num_splits: from `get_mla_metadata`; not looked at.
@@ -128,37 +127,41 @@ def flash_mla_with_kvcache(
             raise ValueError("causal: expected False with indices, which say what a query sees, got True")
         if (extra_k_cache is None) != (extra_indices_in_kvcache is None):
             raise ValueError("extra_k_cache, extra_indices_in_kvcache: expected both or none")
-        parts = [_selected(k_cache, indices, topk_length, q, is_fp8_kvcache)]
-        if extra_k_cache is not None and extra_indices_in_kvcache is not None:
-            parts.append(_selected(extra_k_cache, extra_indices_in_kvcache, extra_topk_length, q, is_fp8_kvcache))
-        keys, real = (torch.cat(x, dim=1) for x in zip(*parts))
-        # Each query has keys of its own, so it is a row of the batch.
-        own = torch.arange(keys.shape[1], dtype=torch.int32, device=q.device).masked_fill(~real, -1)
-        rows = q.flatten(0, 1)[:, None]
-        out, lse = attend(rows, keys[:, :, None], v_channels=head_dim_v, indices=own[:, None, None], scale=scale, sink=attn_sink, impl=impl)
-        out, lse = out.view(*q.shape[:3], head_dim_v), lse.view(q.shape[:3])
+        options: dict[str, Any] = {"v_channels": head_dim_v, "scale": scale, "impl": impl}
+        own = _selected(k_cache, indices, topk_length, q, is_fp8_kvcache)
+        if extra_k_cache is None or extra_indices_in_kvcache is None:
+            out, lse = attend(q, own[0], indices=own[1], sink=attn_sink, **options)
+        else:
+            extra = _selected(extra_k_cache, extra_indices_in_kvcache, extra_topk_length, q, is_fp8_kvcache)
+            parts = [attend(q, keys, indices=slots, **options) for keys, slots in (own, extra)]
+            out, lse = _merged(*parts[0], *parts[1], attn_sink)
     return out, _infinite(lse).transpose(1, 2)
 
 
 def _selected(cache: Tensor, indices: Tensor, length: Tensor | None, q: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
-    """The keys that each query's indices name, `[batch * queries, topk, head_dim]`, and which of them are there, bool `[.., topk]`."""
+    """A cache as keys `[batch, rows, 1, ..]` that all queries share, and indices `[batch, queries, 1, topk]` of these, -1 for none."""
     blocks, page, heads, width = cache.shape
-    if heads != 1 or (fp8 and width != ROW_BYTES):
-        raise ValueError(f"k_cache: expected [num_blocks, page_block_size, 1, {ROW_BYTES if fp8 else q.shape[-1]}], got {tuple(cache.shape)}")
+    if heads != 1 or (fp8 and width != BYTES):
+        raise ValueError(f"k_cache: expected [num_blocks, page_block_size, 1, {BYTES if fp8 else q.shape[-1]}], got {tuple(cache.shape)}")
     real = (indices >= 0) & (indices < blocks * page)
     if length is not None:
         real &= torch.arange(indices.shape[-1], device=indices.device) < length[:, None, None]
-    real = real.flatten(0, 1)
-    slot = indices.flatten(0, 1).long().where(real, 0)
-    rows = cache[slot // page, slot % page, 0]  # pages may lie apart in memory
-    return (_latents(rows.view(torch.uint8)).to(q.dtype) if fp8 else rows), real
+    if fp8:
+        cache = cache.view(torch.uint8)
+    if cache.stride(0) % cache.stride(1):
+        cache = cache.contiguous()
+    apart = cache.stride(0) // cache.stride(1)  # rows from page to page, of which a page may fill less
+    rows = cache.as_strided((q.shape[0], (blocks - 1) * apart + page, 1, width), (0, cache.stride(1), width, cache.stride(3)))
+    slots = indices if apart == page else indices // page * apart + indices % page
+    return rows, slots.masked_fill(~real, -1)[:, :, None]
 
 
-def _latents(rows: Tensor) -> Tensor:
-    """bfloat16 `[.., 576]` of FP8 rows uint8 `[.., 656]`."""
-    values, scale, rope = unpack_latent(rows)
-    latent = dequantise(values.unflatten(-1, (-1, LATENT_BLOCK)), scale).flatten(-2)
-    return torch.cat((latent.to(torch.bfloat16), rope), dim=-1)
+def _merged(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out and lse over the keys of two attentions together, and a sink."""
+    both = torch.logaddexp(lse, more_lse)
+    whole = both if sink is None else torch.logaddexp(both, sink)
+    share, rest = ((x - whole).exp().masked_fill(x == -torch.inf, 0.0)[..., None] for x in (lse, more_lse))
+    return (out * share + more * rest).to(out.dtype), both
 
 
 def _dense(q: Tensor, cache: Tensor, table: Tensor, lengths: Tensor, v_channels: int, scale: float, causal: bool, impl: str) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from skim.ops import codec
-from skim.selection import Selection
+from skim.ops.attend import packed
 
-ROW = codec.LATENT + codec.SCALE_BYTES * codec.LATENT // codec.LATENT_BLOCK + 2 * codec.ROPE
+ROW = packed.BYTES
 
 
 def pack(latents: Tensor, scale_format: str) -> Tensor:
@@ -20,22 +20,4 @@ def pack(latents: Tensor, scale_format: str) -> Tensor:
 
 def unpack(held: Tensor, dtype: torch.dtype) -> Tensor:
     """Latents `[..., C]` of what a cache holds: themselves, or `pack`'s rows `[..., 656]`."""
-    if held.dtype != torch.uint8:
-        return held
-    values, scale, rope = codec.unpack_latent(held)
-    latent = codec.dequantise(values.unflatten(-1, (-1, codec.LATENT_BLOCK)), scale).flatten(-2)
-    return torch.cat((latent.to(dtype), rope.to(dtype)), dim=-1)
-
-
-def unpack_read(held: Tensor, selection: Selection, dtype: torch.dtype) -> tuple[Tensor, Selection]:
-    """Latents `[B, S', C]` of what a cache holds, `[B, S, ...]`, and the selection over them.
-
-    Of FP8 rows only those that are read are unpacked where they are fewer than all: decoding reads K of a long text.
-    """
-    B, T, R, K = selection.indices.shape
-    if held.dtype != torch.uint8 or held.shape[1] <= R * T * K:
-        return unpack(held, dtype), selection
-    row = torch.arange(B, device=held.device)[:, None]
-    read = held[row, selection.indices.clamp(min=0).flatten(1)]
-    place = torch.arange(R * T * K, dtype=torch.int32, device=held.device).view(1, T, R, K)
-    return unpack(read, dtype), Selection(torch.where(selection.indices < 0, -1, place), selection.counts)
+    return packed.unpack(held, dtype) if packed.is_packed(held) else held

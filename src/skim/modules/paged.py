@@ -82,15 +82,14 @@ class PagedLatents:
         return selection
 
     def attend(self, blocks: Tensor, q: Tensor, selection: Selection, *, scale: float, v_channels: int) -> tuple[Tensor, Tensor]:
-        """`skim.attend` over the latents of `blocks` `[B, N]`: read where they lie, or unpacked row by row from FP8.
+        """`skim.attend` over the latents of `blocks` `[B, N]`, which are read where they lie.
 
         Args:
             q: `[B, T, H, C]` absorbed queries.
             selection: positions in the sequences, R = 1.
         """
         pool = self.latents.flatten(0, 1).expand(q.shape[0], -1, -1)
-        keys, picks = latents.unpack_read(pool, self._slots(blocks, selection), q.dtype)
-        return attend(q, keys[:, :, None], selection=picks, scale=scale, v_channels=v_channels)
+        return attend(q, pool[:, :, None], selection=self._slots(blocks, selection), scale=scale, v_channels=v_channels)
 
     def _slots(self, blocks: Tensor, selection: Selection) -> Selection:
         """A selection of positions as one of slots in the pool."""

@@ -5,6 +5,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from skim.ops.attend.packed import expect_packed_inputs, is_packed
 from skim.ops.checks import expect_attention_inputs, expect_device, expect_interval, expect_selection, expect_shape, expect_sink, expect_tensor
 from skim.ops.dispatch import call, run
 from skim.ops.workspace import accumulator, workspace
@@ -32,7 +33,9 @@ def attend(
 
     Args:
         q: `[B, T, H, D]` queries; query head h reads key head `h * G // H`.
-        k: `[B, S, G, D]` keys.
+        k: `[B, S, G, D]` keys; or latents of MLA in FP8, uint8 `[B, S, 1, 656]` in the layout of `codec.pack_latent`, each read
+            as 576 channels in the dtype of q, where nothing takes gradients. A paged cache is its pool, `[1, P * page, ...]`
+            expanded to B, with indices that are slots of it.
         v: `[B, S, G, V]` values; None means `k[..., :v_channels]`, one storage and one gradient (MLA: G = 1, D = 576).
         selection: which keys each query reads.
         v_channels: V where v is None.
@@ -50,9 +53,9 @@ def attend(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device; both or neither of selection and
-            indices.
+            indices; gradients over packed latents.
     """
-    V = expect_attention_inputs(q, k, v, v_channels)
+    V = _expect_inputs(q, k, v, v_channels, sink)
     if (selection is None) == (indices is None):
         raise ValueError("selection, indices: expected exactly one of them")
     if selection is not None:
@@ -103,14 +106,19 @@ def attend_dense(
         out `[B, T, H, V]` in the dtype of q, and lse float32 `[B, T, H]`, as `attend` gives them.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; gradients over packed latents.
     """
-    V = expect_attention_inputs(q, k, v, v_channels)
+    V = _expect_inputs(q, k, v, v_channels, sink)
     B, T, H, D = q.shape
     start, end = expect_interval(start, end, B, T, k.shape[1], q.device)
     expect_sink(sink, H, q.device)
     scale, mb = D**-0.5 if scale is None else scale, workspace(workspace_mb, q.device)
     return call(_attend_dense, _run_attend_dense, q, k, v, start, end, sink, V, scale, mb, impl)
+
+
+def _expect_inputs(q: Tensor, k: Tensor, v: Optional[Tensor], v_channels: Optional[int], sink: Optional[Tensor]) -> int:
+    """V of an attention's arguments, which are checked."""
+    return expect_packed_inputs(q, k, v, v_channels, sink) if is_packed(k) else expect_attention_inputs(q, k, v, v_channels)
 
 
 def _fake_attend(q: Tensor, v_channels: int) -> tuple[Tensor, Tensor]:

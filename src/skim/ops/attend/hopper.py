@@ -1,14 +1,16 @@
-"""Attention over selected latents on sm_90 in Gluon: queries and keys of 576 or 512 channels, values the first 512 of the keys.
+"""Attention over latents on sm_90 in Gluon: queries and keys of 576 or 512 channels, values the first 512 of the keys.
 
-A task is 64 rows: 64 heads of one query, or all heads of as many neighbouring queries as fit, which then read the union
-of their selections (see union.py), a bit a query and key saying who reads it. A program, one a processor, serves task
-after task. It walks the keys of each in blocks of 64, two of them in shared memory, with three groups of four warps:
+A task is 64 rows: 64 heads of one query, or all heads of as many neighbouring queries as fit. They read the query's selection,
+the union of the neighbours' (see union.py), a bit a query and key saying who reads it, or the interval of keys that they see;
+or, where there are few queries, a part of that (see splits.py). A program, one a processor, serves task after task. It walks
+the keys of each in blocks of 64, two of them in shared memory, with three groups of four warps:
 
 - `_scores` multiplies the queries with a block, makes the probabilities, and takes the left half of the output;
 - `_right_half` loads the queries, the next task's before it stores the output of the last, and multiplies the probabilities
   with the right half of the block's values;
 - `_gather` copies the keys of the next block, 16 bytes at a time, zeros where there is none, so that keys nobody reads
-  may hold anything. It does not stop between tasks.
+  may hold anything. It does not stop between tasks. Packed latents (see packed.py) pass through its registers, where they
+  are dequantised, those of the next block already on their way.
 
 The probabilities lie where the rotated channels of their block were, which nobody needs once it is scored. The groups hand
 over through barriers in shared memory. A barrier's n-th wait is for phase n % 2; who waits for something to become free
@@ -26,16 +28,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from skim.ops.attend import packed
+from skim.ops.attend.splits import best_splits, merge, parts_of
 from skim.ops.attend.union import tiles_of, unions
+from skim.ops.codec import LATENT_BLOCK
 from skim.ops.dispatch import processors
 
 LOG2E = gl.constexpr(1.4426950408889634)
 ROWS, KEYS, STAGES = gl.constexpr(64), gl.constexpr(64), gl.constexpr(2)  # of a task; of a block; blocks in shared memory
 VALUES, ROPE = gl.constexpr(512), gl.constexpr(64)  # channels of the latent, which are the values too; those that may follow
 HALF = gl.constexpr(256)  # channels that a group of warps sums, and that a copy takes
+SHARED = gl.constexpr(LATENT_BLOCK)  # channels of a packed latent with one scale
+SCALES = gl.constexpr(packed.SCALES)  # of a packed latent
 HEADS = 16  # fewer are padded to as many rows
 REGISTERS = 168, 80  # a thread of `_right_half` and of `_gather`; `_scores` takes what is left
+REGISTERS_PACKED = 160, 136
 UNION_MB = 256  # more makes nothing faster: a chunk fills the card
+PARTS_MB = 64  # of split walks; more would take longer to merge than splitting saves
 
 # Triton renamed the copy after 3.6.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -49,16 +58,21 @@ WIDE = gl.constexpr(
     )
 )
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 a row
+WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # 16 bytes a thread; what neighbours store of two rows lies in other banks
+CODES = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))  # the same bytes, one by one
 LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 TILES = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 
 
 def refusal(function: str, args: tuple[Any, ...]) -> str | None:
-    if function != "attend":
-        return "hopper has the forward of attend only"
-    q, k, v, indices, v_channels, scale = args[:6]
-    B, T, H, D = q.shape
-    if q.dtype not in (torch.bfloat16, torch.float16):
+    if function not in ("attend", "attend_dense"):
+        return "hopper has forwards only"
+    q, k, v, *reads, v_channels, scale = args[: 6 if function == "attend" else 7]
+    D = q.shape[3]
+    if packed.is_packed(k):
+        if q.dtype != torch.bfloat16:
+            return f"it copies the bfloat16 channels of packed latents, and the queries are {str(q.dtype).removeprefix('torch.')}"
+    elif q.dtype not in (torch.bfloat16, torch.float16):
         return f"it multiplies bfloat16 and float16, and the inputs are {str(q.dtype).removeprefix('torch.')}"
     if k.shape[2] != 1 or v is not None or v_channels != VALUES.value or D not in (VALUES.value, VALUES.value + ROPE.value):
         return "it reads latents: one key head of 512 or 576 channels, the first 512 of them the values"
@@ -66,43 +80,75 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
         return "it takes the largest score before it scales, and the scale is not positive"
     for name, x in (("q", q), ("k", k)):
         if x.stride(-1) != 1 or x.data_ptr() % 16 or any(stride % 16 for stride, size in zip(x.stride()[:-1], x.shape) if size > 1):
-            return f"it copies 16 bytes at a time, and rows of {name} don't begin at multiples of 16 channels"
-    plan = _plan(H)
-    if plan.TILE > T:
-        return f"{plan.TILE} neighbouring queries of {H} heads share a task, and there are {T}"
-    if 2 * B * tiles_of(T, plan.TILE) * plan.BLOCKS < processors(q.device):
-        return "it doesn't split a selection, and tasks of so few queries leave most of the GPU idle"
+            unit = "bytes" if x.dtype == torch.uint8 else "channels"
+            return f"it copies 16 bytes at a time, and rows of {name} don't begin at multiples of 16 {unit}"
     return None
 
 
 class _Plan(NamedTuple):
-    """How many queries and heads the rows of a task are, and how many tasks share the heads of a query."""
+    """How many queries and heads the rows of a task are, how many tasks share the heads of a query, and into how many parts a walk is split."""
 
     TILE: int
     BLOCK_H: int
     BLOCKS: int
+    SPLITS: int
 
 
-def _plan(H: int) -> _Plan:
-    block = min(max(triton.next_power_of_2(H), HEADS), ROWS.value)
-    return _Plan(ROWS.value // block, block, -(-H // block))
+def _plan(q: Tensor, walk: int, workspace_mb: int) -> _Plan:
+    """walk: how many keys a query reads at most. Neighbours share the rows of a task where that leaves tasks for half the card."""
+    B, T, H, _ = q.shape
+    block, programs = min(max(triton.next_power_of_2(H), HEADS), ROWS.value), processors(q.device)
+    tile = ROWS.value // block
+    if tile > T or 2 * B * tiles_of(T, tile) < programs:
+        tile, block = 1, ROWS.value
+    blocks = -(-H // block)
+    most = (min(workspace_mb, PARTS_MB) << 20) // (4 * VALUES.value * B * T * H)
+    return _Plan(tile, block, blocks, best_splits(B * tiles_of(T, tile) * blocks, -(-walk // KEYS.value), programs, most))
 
 
 @gluon.jit
-def _place(task, first, T, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr):
-    """Row of the batch, first query and first head. Tasks of one tile follow each other: they run together and find their keys in L2."""
-    tile = first + task // BLOCKS
+def _place(task, first, B, T, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr):
+    """Row of the batch, first query, first head, and row of the output's `SPLITS * B`.
+
+    Tasks of one tile follow each other: they run together and find their keys in L2.
+    """
+    part = task // BLOCKS
+    tile = first + part // SPLITS
     tiles_of_row = gl.cdiv(T, TILE)
-    return (tile // tiles_of_row).to(gl.int64), tile % tiles_of_row * TILE, task % BLOCKS * BLOCK_H
+    b = (tile // tiles_of_row).to(gl.int64)
+    return b, tile % tiles_of_row * TILE, task % BLOCKS * BLOCK_H, part % SPLITS * B + b
 
 
 @gluon.jit
-def _count(COUNTS, task, width, TILE: gl.constexpr, BLOCKS: gl.constexpr):
-    """How many keys a task reads."""
-    n = width
-    if TILE > 1:
-        n = gl.load(COUNTS + task // BLOCKS)
-    return n
+def _walk(
+    READS, COUNTS, task, first, T, S, width,
+    TILE: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, DENSE: gl.constexpr,
+):  # fmt: skip
+    """From where to where a task walks its list of keys, or DENSE the keys themselves."""
+    part = task // BLOCKS
+    begin = task * 0
+    end = begin + width
+    if DENSE:
+        tile = first + part // SPLITS
+        tiles_of_row = gl.cdiv(T, TILE)
+        t = tile // tiles_of_row * T + tile % tiles_of_row * TILE
+        begin, end = begin + S, begin
+        for i in gl.static_range(TILE):
+            ok = tile % tiles_of_row * TILE + i < T
+            low = gl.load(READS + t + i, mask=ok, other=0)
+            high = gl.load(COUNTS + t + i, mask=ok, other=0)
+            begin = gl.where((low < high) & (low < begin), low, begin)
+            end = gl.where((low < high) & (high > end), high, end)
+        begin = gl.where(begin < 0, 0, begin)
+        end = gl.where(end > S, S, end)
+    elif TILE > 1:
+        end = gl.load(COUNTS + part // SPLITS)
+    if SPLITS > 1:
+        length = gl.where(end > begin, end - begin, 0)
+        share = gl.cdiv(gl.cdiv(length, SPLITS), KEYS) * KEYS
+        begin += part % SPLITS * share
+        end = gl.where(begin + share < end, begin + share, end)
+    return begin, end
 
 
 @gluon.jit
@@ -121,59 +167,135 @@ def _copy_rows(into, rope, source, ok, DR: gl.constexpr):
     for half in gl.static_range(VALUES // HALF):
         copy(into.slice(half * HALF, HALF, dim=1), source + half * HALF + channel, mask=ok)
     if DR > 0:
-        channel = gl.expand_dims(gl.arange(0, DR, gl.SliceLayout(0, COPY)), 0)
-        copy(rope, source + VALUES + channel, mask=ok)
+        _copy_rope(rope, source + VALUES, ok, DR)
+
+
+@gluon.jit
+def _copy_rope(rope, source, ok, DR: gl.constexpr):
+    """Copy the rotated channels of rows, which begin at `source` `[rows, 1]`."""
+    copy(rope, source + gl.expand_dims(gl.arange(0, DR, gl.SliceLayout(0, COPY)), 0), mask=ok)
+
+
+@gluon.jit
+def _keys(READS, at, end, S, DENSE: gl.constexpr, layout: gl.constexpr):
+    """The keys of a block of what a task walks, and which of them there are."""
+    slot = at + gl.arange(0, KEYS, layout)
+    key, real = slot, slot < end
+    if not DENSE:
+        key = gl.load(READS + slot, mask=real, other=-1)
+        real = (key >= 0) & (key < S)
+    return gl.where(real, key, 0).to(gl.int64), real
+
+
+@gluon.jit
+def _who(BITS, at, end, key, real, TILE: gl.constexpr, DENSE: gl.constexpr, layout: gl.constexpr):
+    """What `_scores` has to know of a block's keys: DENSE which they are, of a union the bits of who reads them, else whether they are read."""
+    who = real.to(gl.int32)
+    if DENSE:
+        who = gl.where(real, key.to(gl.int32), -1)
+    elif TILE > 1:
+        slot = at + gl.arange(0, KEYS, layout)
+        who = gl.where(real, gl.load(BITS + slot, mask=slot < end, other=0), 0)
+    return who
 
 
 @gluon.jit
 def _gather(
-    K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, T, keys, rope, readers, ready, free,
-    DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr,
+    K, SCALE, K_ROPE, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+    DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
+    DENSE: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Copy block after block of the keys in READS, with the bits of who reads them."""
-    slot = gl.arange(0, KEYS, gl.SliceLayout(1, COPY))
+    """Copy block after block of the keys in READS, with what says who reads them."""
+    of_rows: gl.constexpr = gl.SliceLayout(1, COPY)
     block = 0
     for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
-        b, _, _ = _place(task, first, T, TILE, BLOCK_H, BLOCKS)
-        reads = (task // BLOCKS).to(gl.int64) * width
-        n = _count(COUNTS, task, width, TILE, BLOCKS)
-        for begin in range(0, n, KEYS):
+        b, _, _, _ = _place(task, first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
+        begin, end = _walk(READS, COUNTS, task, first, T, S, width, TILE, BLOCKS, SPLITS, DENSE)
+        list_ = (task // BLOCKS // SPLITS).to(gl.int64) * width
+        if PACKED:
+            words, scales = K + b * (k_b // 4), SCALE + b * (k_b // 4)
+            codes = _load_codes(words, scales, k_s // 4, READS + list_, begin, end, S, DENSE)
+        for at in range(begin, end, KEYS):
             stage = block % STAGES
-            at = begin + slot
-            key = gl.load(READS + reads + at, mask=at < n, other=-1)
-            real = (key >= 0) & (key < S)
-            if TILE > 1:
-                bits = gl.load(BITS + reads + at, mask=at < n, other=0)
-                bits = gl.where(real, bits, 0)
-            else:
-                bits = real.to(gl.int32)
-            source = K + b * k_b + gl.where(real, key, 0).to(gl.int64) * k_s
+            key, real = _keys(READS + list_, at, end, S, DENSE, of_rows)
+            who = _who(BITS + list_, at, end, key, real, TILE, DENSE, of_rows)
             mbarrier.wait(free.index(stage), (block // STAGES & 1) ^ 1)
-            _copy_rows(keys.index(stage), rope.index(stage), gl.expand_dims(source, 1), gl.expand_dims(real, 1), DR)
-            readers.index(stage).store(bits)
+            readers.index(stage).store(who)
+            if PACKED:
+                _copy_rope(rope.index(stage), gl.expand_dims(K_ROPE + b * (k_b // 2) + key * (k_s // 2), 1), gl.expand_dims(real, 1), DR)
+                codes = _dequantise(keys.index(stage), codes, words, scales, k_s // 4, READS + list_, at + KEYS, end, S, DENSE)
+                fence_async_shared()
+            else:
+                _copy_rows(keys.index(stage), rope.index(stage), gl.expand_dims(K + b * k_b + key * k_s, 1), gl.expand_dims(real, 1), DR)
             async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)  # each thread, when its copies are there
             mbarrier.arrive(ready.index(stage), count=1)
             block += 1
 
 
 @gluon.jit
+def _load_part(K, SCALE, key, real, k_w, part: gl.constexpr):
+    """The codes of packed latents that share a scale, as words `[KEYS, SHARED / 4]`, and that scale, `[KEYS]`; `k_w` words a key."""
+    word = part * (SHARED // 4) + gl.expand_dims(gl.arange(0, SHARED // 4, gl.SliceLayout(0, WORDS)), 0)
+    words = gl.load(K + gl.expand_dims(key * k_w, 1) + word, mask=gl.expand_dims(real, 1), other=0)
+    return words, gl.load(SCALE + key * k_w + part, mask=real, other=0.0)
+
+
+@gluon.jit
+def _load_codes(K, SCALE, k_w, READS, at, end, S, DENSE: gl.constexpr):
+    """Codes and scales of a block of packed latents, in registers: of words, since a code by itself takes as much room."""
+    key, real = _keys(READS, at, end, S, DENSE, gl.SliceLayout(1, WORDS))
+    found = ()
+    for part in gl.static_range(SCALES):
+        found += _load_part(K, SCALE, key, real, k_w, part)
+    return found
+
+
+@gluon.jit
+def _latents(words, scale, dtype: gl.constexpr):
+    """`[KEYS, SHARED]` of the codes in words and their scale."""
+    even = gl.join(gl.cast(words, gl.uint8), gl.cast(words >> 16, gl.uint8))
+    odd = gl.join(gl.cast(words >> 8, gl.uint8), gl.cast(words >> 24, gl.uint8))
+    codes = gl.convert_layout(gl.reshape(gl.join(even, odd), (KEYS, SHARED)), CODES)
+    values = gl.cast(gl.cast(codes, gl.float8e4nv, bitcast=True), gl.float32)
+    return gl.cast(values * gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, CODES)), 1), dtype)
+
+
+@gluon.jit
+def _dequantise(into, codes, K, SCALE, k_w, READS, at, end, S, DENSE: gl.constexpr):
+    """Store the latents of `_load_codes`' codes; what it gives of the block at `at`, each part loaded when its registers become free."""
+    key, real = _keys(READS, at, end, S, DENSE, gl.SliceLayout(1, WORDS))
+    found = ()
+    for part in gl.static_range(SCALES):
+        into.slice(part * SHARED, SHARED, dim=1).store(_latents(codes[2 * part], codes[2 * part + 1], into.dtype))
+        found += _load_part(K, SCALE, key, real, k_w, part)
+    return found
+
+
+@gluon.jit
 def _scores(
-    OUT, LSE, SINK, COUNTS, first, tasks, width, T, scale, q, q_rope, keys, rope, p, readers, rescale, factors,
+    OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, keys, rope, p, readers, rescale, factors,
     queries, ready, free, p_ready, done,
-    H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, HAS_SINK: gl.constexpr,
+    H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
+    HAS_SINK: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """Scores, probabilities, lse and the left half of the output."""
     of_scores: gl.constexpr = gl.SliceLayout(1, SCORES)
     of_sums: gl.constexpr = gl.SliceLayout(1, SUMS)
     block, phase = 0, 0
     for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
-        b, first_query, first_head = _place(task, first, T, TILE, BLOCK_H, BLOCKS)
+        b, first_query, first_head, into = _place(task, first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
+        begin, end = _walk(READS, COUNTS, task, first, T, S, width, TILE, BLOCKS, SPLITS, DENSE)
         i, t, head, ok = _row(first_query, first_head, T, H, BLOCK_H, of_scores)
+        low, high = i, i
+        if DENSE:
+            low = gl.load(READS + b * T + t, mask=t < T, other=0)
+            low = gl.where(low < 0, 0, low)
+            high = gl.load(COUNTS + b * T + t, mask=t < T, other=0)
         largest = gl.full([ROWS], -1e30, gl.float32, of_scores)
         total = gl.zeros([ROWS], gl.float32, of_scores)
         acc = gl.zeros([ROWS, HALF], gl.float32, SUMS)
         mbarrier.wait(queries, phase)
-        for _ in range(0, _count(COUNTS, task, width, TILE, BLOCKS), KEYS):
+        for _ in range(begin, end, KEYS):
             stage = block % STAGES
             mbarrier.wait(ready.index(stage), block // STAGES & 1)
             fence_async_shared()
@@ -182,10 +304,14 @@ def _scores(
             if DR > 0:
                 s = warpgroup_mma(q_rope, rope.index(stage).permute((1, 0)), s, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
-            bits = gl.expand_dims(readers.index(stage).load(gl.SliceLayout(0, SCORES)), 0)
-            if TILE > 1:
-                bits = bits >> gl.expand_dims(i, 1) & 1
-            s = gl.where(bits != 0, s * scale, float("-inf"))
+            who = gl.expand_dims(readers.index(stage).load(gl.SliceLayout(0, SCORES)), 0)
+            if DENSE:
+                reads = (who >= gl.expand_dims(low, 1)) & (who < gl.expand_dims(high, 1))
+            elif TILE > 1:
+                reads = (who >> gl.expand_dims(i, 1) & 1) != 0
+            else:
+                reads = who != 0
+            s = gl.where(reads, s * scale, float("-inf"))
             larger = gl.maximum(largest, gl.max(s, 1))
             alpha = gl.exp2(largest - larger)
             largest = larger
@@ -210,24 +336,26 @@ def _scores(
             factor = gl.where(empty, 0.0, factor / (1 + gl.exp2((sink - lse) * LOG2E)))
         factors.store(factor)
         mbarrier.arrive(done, count=1)
-        gl.store(LSE + b * T * H + t * H + head, lse, mask=ok)
-        _store_half(OUT + b * T * H * VALUES, acc, gl.convert_layout(factor, of_sums), first_query, first_head, T, H, BLOCK_H)
+        gl.store(LSE + into * T * H + t * H + head, lse, mask=ok)
+        _store_half(OUT + into * T * H * VALUES, acc, gl.convert_layout(factor, of_sums), first_query, first_head, T, H, BLOCK_H, SPLITS)
         phase ^= 1
 
 
 @gluon.jit
 def _right_half(
-    Q, q_b, q_t, q_h, OUT, COUNTS, first, tasks, width, T, q, q_rope, keys, p, rescale, factors, queries, free, p_ready, done,
-    H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr,
+    Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, keys, p, rescale, factors, queries, free, p_ready, done,
+    H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
+    DENSE: gl.constexpr,
 ):  # fmt: skip
     """Load the queries; the right half of the output."""
     of_sums: gl.constexpr = gl.SliceLayout(1, SUMS)
-    b, first_query, first_head = _place(gl.program_id(0), first, T, TILE, BLOCK_H, BLOCKS)
+    b, first_query, first_head, into = _place(gl.program_id(0), first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
     _load_queries(Q + b * q_b, q_t, q_h, first_query, first_head, T, q, q_rope, queries, H, DR, BLOCK_H)
     block, phase = 0, 0
     for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
+        begin, end = _walk(READS, COUNTS, task, first, T, S, width, TILE, BLOCKS, SPLITS, DENSE)
         acc = gl.zeros([ROWS, HALF], gl.float32, SUMS)
-        for _ in range(0, _count(COUNTS, task, width, TILE, BLOCKS), KEYS):
+        for _ in range(begin, end, KEYS):
             stage = block % STAGES
             mbarrier.wait(p_ready.index(stage), block // STAGES & 1)
             fence_async_shared()
@@ -240,10 +368,10 @@ def _right_half(
         factor = factors.load(of_sums)  # before the next queries, with which `_scores` comes to write the next factors
         after = task + gl.num_programs(0)
         if after < tasks:
-            b, first_query, first_head = _place(after, first, T, TILE, BLOCK_H, BLOCKS)
+            b, first_query, first_head, into = _place(after, first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
             _load_queries(Q + b * q_b, q_t, q_h, first_query, first_head, T, q, q_rope, queries, H, DR, BLOCK_H)
-        b, first_query, first_head = _place(task, first, T, TILE, BLOCK_H, BLOCKS)
-        _store_half(OUT + b * T * H * VALUES + HALF, acc, factor, first_query, first_head, T, H, BLOCK_H)
+        b, first_query, first_head, into = _place(task, first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
+        _store_half(OUT + into * T * H * VALUES + HALF, acc, factor, first_query, first_head, T, H, BLOCK_H, SPLITS)
         phase ^= 1
 
 
@@ -257,24 +385,29 @@ def _load_queries(Q, q_t, q_h, first_query, first_head, T, q, q_rope, queries, H
 
 
 @gluon.jit
-def _store_half(OUT, acc, factor, first_query, first_head, T, H: gl.constexpr, BLOCK_H: gl.constexpr):
+def _store_half(OUT, acc, factor, first_query, first_head, T, H: gl.constexpr, BLOCK_H: gl.constexpr, SPLITS: gl.constexpr):
     """OUT is of one row of the batch."""
+    layout: gl.constexpr = SUMS if SPLITS > 1 else WIDE  # neighbours together store 32 bytes of a float32 row as it is
     factor = gl.expand_dims(factor, 1)
     out = gl.where(factor == 0, 0.0, acc * factor)  # what neighbours read, even NaN, stays with them
-    _, t, head, ok = _row(first_query, first_head, T, H, BLOCK_H, gl.SliceLayout(1, WIDE))
-    into = OUT + gl.expand_dims((t * H + head).to(gl.int64) * VALUES, 1) + gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, WIDE)), 0)
-    gl.store(into, gl.convert_layout(out.to(OUT.dtype.element_ty), WIDE), mask=gl.expand_dims(ok, 1))
+    _, t, head, ok = _row(first_query, first_head, T, H, BLOCK_H, gl.SliceLayout(1, layout))
+    into = OUT + gl.expand_dims((t * H + head).to(gl.int64) * VALUES, 1) + gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, layout)), 0)
+    gl.store(into, gl.convert_layout(out.to(OUT.dtype.element_ty), layout), mask=gl.expand_dims(ok, 1))
 
 
 @gluon.jit
 def forward(
-    Q, K, OUT, LSE, SINK, READS, BITS, COUNTS, first, tasks, scale, T, S, width, q_b, q_t, q_h, k_b, k_s,
-    H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, HAS_SINK: gl.constexpr,
+    Q, K, SCALE, K_ROPE, OUT, LSE, SINK, READS, BITS, COUNTS, first, tasks, scale, B, T, S, width, q_b, q_t, q_h, k_b, k_s,
+    H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
+    HAS_SINK: gl.constexpr, DENSE: gl.constexpr, PACKED: gl.constexpr,
     REGISTERS_RIGHT: gl.constexpr, REGISTERS_GATHER: gl.constexpr,
 ):  # fmt: skip
-    """out and lse: program n serves the tasks n, n + programs, ...; task m is block m % BLOCKS of the heads of tile first + m // BLOCKS.
+    """out and lse: program n serves the tasks n, n + programs, ...
 
-    READS `[.., width]` holds the keys of each tile from `first` on: indices, or with TILE > 1 unions with BITS and COUNTS.
+    Task m is block m % BLOCKS of the heads, of part m // BLOCKS % SPLITS of the walk, of tile first + m // BLOCKS // SPLITS. READS
+    `[.., width]` holds the keys of each tile from `first` on: indices, or with TILE > 1 unions with BITS and COUNTS. DENSE: READS and
+    COUNTS `[B, T]` are where the keys that a query sees start and end. PACKED: K, k_b and k_s are of bytes. With SPLITS > 1 out and lse
+    are float32 `[SPLITS, B, T, H, ..]`.
     """
     dtype: gl.constexpr = Q.dtype.element_ty
     q = gl.allocate_shared_memory(dtype, [ROWS, VALUES], TILES)
@@ -300,16 +433,16 @@ def forward(
     gl.warp_specialize(
         [
             (_scores, (
-                OUT, LSE, SINK, COUNTS, first, tasks, width, T, scale, q, q_rope, keys, rope, p, readers, rescale, factors,
-                queries, ready, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, HAS_SINK,
+                OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, keys, rope, p, readers, rescale, factors,
+                queries, ready, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, HAS_SINK, DENSE,
             )),
             (_right_half, (
-                Q, q_b, q_t, q_h, OUT, COUNTS, first, tasks, width, T, q, q_rope, keys, p, rescale, factors,
-                queries, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS,
+                Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, keys, p, rescale, factors,
+                queries, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE,
             )),
             (_gather, (
-                K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, T, keys, rope, readers, ready, free,
-                DR, TILE, BLOCK_H, BLOCKS,
+                K, SCALE, K_ROPE, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+                DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE, PACKED,
             )),
         ],
         [4, 4],
@@ -320,19 +453,36 @@ def forward(
 def attend(
     q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, v_channels: int, scale: float, sink: Tensor | None, workspace_mb: int
 ) -> tuple[Tensor, Tensor]:
-    B, T, H, D = q.shape
-    S, K = k.shape[1], indices.shape[3]
-    out, lse = q.new_empty(B, T, H, v_channels), q.new_empty(B, T, H, dtype=torch.float32)
-    if S == 0 or K == 0 or out.numel() == 0:
+    K = indices.shape[3]
+    out, lse, nothing = _outputs(q, k, v_channels)
+    if K == 0 or nothing:
         return out.zero_(), lse.fill_(float("-inf"))
-    indices = indices.to(torch.int32).contiguous()
-    plan = _plan(H)
+    indices, (B, T) = indices.to(torch.int32).contiguous(), q.shape[:2]
+    plan = _plan(q, K, workspace_mb)
     if plan.TILE == 1:
-        _launch(q, k, sink, out, lse, scale, plan, B * T, 0, indices, indices, indices)
+        _launch(q, k, sink, out, lse, scale, plan, B * T, 0, False, indices, indices, indices)
         return out, lse
-    for part, keys, bits, counts in unions(indices, S, plan.TILE, min(workspace_mb, UNION_MB)):
-        _launch(q, k, sink, out, lse, scale, plan, part.stop - part.start, part.start, keys, bits, counts)
+    for part, keys, bits, counts in unions(indices, k.shape[1], plan.TILE, min(workspace_mb, UNION_MB)):
+        _launch(q, k, sink, out, lse, scale, plan._replace(SPLITS=1), part.stop - part.start, part.start, False, keys, bits, counts)
     return out, lse
+
+
+def attend_dense(
+    q: Tensor, k: Tensor, v: Tensor | None, start: Tensor, end: Tensor, v_channels: int, scale: float, sink: Tensor | None, workspace_mb: int
+) -> tuple[Tensor, Tensor]:
+    out, lse, nothing = _outputs(q, k, v_channels)
+    if nothing:
+        return out.zero_(), lse.fill_(float("-inf"))
+    start, end, (B, T) = start.contiguous(), end.contiguous(), q.shape[:2]
+    plan = _plan(q, k.shape[1], workspace_mb)
+    _launch(q, k, sink, out, lse, scale, plan, B * tiles_of(T, plan.TILE), 0, True, start, start, end)
+    return out, lse
+
+
+def _outputs(q: Tensor, k: Tensor, v_channels: int) -> tuple[Tensor, Tensor, bool]:
+    """out and lse, and whether there is nothing to read or to write."""
+    out, lse = q.new_empty(*q.shape[:3], v_channels), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return out, lse, k.shape[1] == 0 or out.numel() == 0
 
 
 def _strides(x: Tensor, axes: int) -> tuple[int, ...]:
@@ -341,11 +491,22 @@ def _strides(x: Tensor, axes: int) -> tuple[int, ...]:
 
 
 def _launch(
-    q: Tensor, k: Tensor, sink: Tensor | None, out: Tensor, lse: Tensor, scale: float, plan: _Plan, tiles: int, first: int, *reads: Tensor
-) -> None:
-    T, H, D = q.shape[1:]
-    tasks = tiles * plan.BLOCKS
+    q: Tensor, k: Tensor, sink: Tensor | None, out: Tensor, lse: Tensor, scale: float, plan: _Plan, tiles: int, first: int, dense: bool,
+    *reads: Tensor,
+) -> None:  # fmt: skip
+    B, T, H, D = q.shape
+    S, k_strides, packs = k.shape[1], _strides(k, 2), packed.is_packed(k)
+    k_scale = k_rope = k
+    if packs:
+        codes, k_scale, k_rope = packed.parts(k)
+        k = codes.view(torch.int32)
+    tasks = tiles * plan.BLOCKS * plan.SPLITS
+    into, into_lse = parts_of(plan.SPLITS, out, lse)
+    last = None if sink is None or plan.SPLITS > 1 else sink.contiguous()
     forward[(min(tasks, processors(q.device)),)](
-        q, k, out, lse, None if sink is None else sink.contiguous(), *reads, first, tasks, scale * LOG2E.value, T, k.shape[1], reads[0].shape[-1],
-        *_strides(q, 3), *_strides(k, 2), H, D - VALUES.value, *plan, sink is not None, *REGISTERS, num_warps=4, enable_fp_fusion=True,
+        q, k, k_scale, k_rope, into, into_lse, last, *reads, first, tasks, scale * LOG2E.value, B, T, S, reads[0].shape[-1],
+        *_strides(q, 3), *k_strides, H, D - VALUES.value, *plan, last is not None, dense, packs,
+        *(REGISTERS_PACKED if packs else REGISTERS), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
+    if plan.SPLITS > 1:
+        merge(into, into_lse, out, lse, sink)

@@ -11,6 +11,8 @@ UNION gathers a key once for all its neighbours, which is 5 times less where sel
 they don't it only multiplies the arithmetic, so a tile whose union is larger than half its selections together is left
 to ROWS; programs decide that by themselves, without the host.
 
+Latents in 656 bytes (see packed.py) are gathered as bytes and dequantised in registers.
+
 A NaN in a key that one query of a tile reads may reach its neighbours, and so may one between the intervals of a tile's
 queries; keys that no query reads may hold anything otherwise.
 """
@@ -109,8 +111,29 @@ def _channels(X, offset, real, stride, FIRST: tl.constexpr, BLOCK: tl.constexpr,
     c = FIRST + tl.arange(0, BLOCK)
     pointer = X + offset[:, None] * stride + c[None, :]
     if FIRST + BLOCK <= SIZE:
-        return tl.load(pointer, mask=real[:, None], other=0.0)
-    return tl.load(pointer, mask=real[:, None] & (c[None, :] < SIZE), other=0.0)
+        return tl.load(pointer, mask=real[:, None], other=0)
+    return tl.load(pointer, mask=real[:, None] & (c[None, :] < SIZE), other=0)
+
+
+@triton.jit
+def _e4m3(code, CAST: tl.constexpr):
+    """float32 of FP8 codes in uint8. CAST: by the instructions that there are from sm_89 on."""
+    if CAST:
+        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    bits = code.to(tl.int32)
+    size = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # the exponent's bias goes from 127 to 7
+    size = tl.where((bits & 0x7F) == 0x7F, float("nan"), size)
+    return (size.to(tl.int32, bitcast=True) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _latents(K, SCALES, offset, real, stride, dtype: tl.constexpr, SIZE: tl.constexpr, SHARED: tl.constexpr, CAST: tl.constexpr):
+    """The SIZE values of packed rows at `offset`, SHARED of which share a scale: `[rows, SIZE]`. `stride` is of bytes."""
+    rows: tl.constexpr = offset.shape[0]
+    x = _e4m3(_channels(K, offset, real, stride, 0, SIZE, SIZE), CAST)
+    scale = _channels(SCALES, offset, real, stride // 4, 0, SIZE // SHARED, SIZE // SHARED)
+    scaled = tl.reshape(x, (rows, SIZE // SHARED, SHARED)) * scale[:, :, None]
+    return tl.reshape(scaled, (rows, SIZE)).to(dtype)
 
 
 @triton.jit
@@ -121,17 +144,19 @@ def _dot(a, b, acc=None):
 
 @triton.jit
 def forward(
-    Q, K, V, OUT, LSE, SINK, READS, BITS, COUNTS, START, END,
+    Q, K, V, SCALES, ROPE, OUT, LSE, SINK, READS, BITS, COUNTS, START, END,
     first, scale, T, S, tiles, width, limit, rows,
     q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V_: tl.constexpr, V0: tl.constexpr,
     TILE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
-    MODE: tl.constexpr, SHARED_TILE: tl.constexpr, HAS_SINK: tl.constexpr, VALUES_IN_KEYS: tl.constexpr,
+    MODE: tl.constexpr, SHARED_TILE: tl.constexpr, HAS_SINK: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, SHARED_SCALE: tl.constexpr,
+    CAST: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one tile, key head, block of its query heads and split of its keys: program (tile, heads, split).
 
     READS `[.., width]` holds what a tile walks (ROWS: indices, UNION: keys of the union, with BITS and COUNTS). With SPLITS > 1 out
-    is float32 `[SPLITS, B * T, H, V]` and lse alike (`rows` = B * T * H apart), for `combine`.
+    is float32 `[SPLITS, B * T, H, V]` and lse alike (`rows` = B * T * H apart), for `combine`. SHARED_SCALE > 0: keys are packed latents
+    (K their codes, k_b and k_s in bytes), so many channels with one scale.
     """
     HEADS: tl.constexpr = H // G
     blocks: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
@@ -157,6 +182,9 @@ def forward(
         q1 = tl.load(q_row + c1[None, :], mask=ok[:, None] & (c1[None, :] < D), other=0.0)
     keys = K + b * k_b + g * k_g
     values = V + b * v_b + g * v_g
+    if SHARED_SCALE > 0:
+        SCALES += b * (k_b // 4)
+        ROPE += b * (k_b // 2)
     READS += list_row * width
     BITS += list_row * width
 
@@ -175,10 +203,16 @@ def forward(
         real = block >= 0
         reads = _readers(block, BITS, at, end, i, low, high, BLOCK_K, MODE)
         key = tl.maximum(block, 0).to(tl.int64)
-        k0 = _channels(keys, key, real, k_s, 0, D0, D)
+        if SHARED_SCALE > 0:
+            k0 = _latents(keys, SCALES, key, real, k_s, q0.dtype, D0, SHARED_SCALE, CAST)
+            k1 = _channels(ROPE, key, real, k_s // 2, 0, D1, D1).to(q0.dtype)
+        else:
+            k0 = _channels(keys, key, real, k_s, 0, D0, D)
+            if D1 > 0:
+                k1 = _channels(keys, key, real, k_s, D0, D1, D)
         s = _dot(q0, tl.trans(k0))
         if D1 > 0:
-            s = _dot(q1, tl.trans(_channels(keys, key, real, k_s, D0, D1, D)), s)
+            s = _dot(q1, tl.trans(k1), s)
         s = tl.where(reads, s, float("-inf"))
         larger = tl.maximum(largest, tl.max(s, 1) * scale)  # scale > 0
         p = tl.exp2(s * scale - larger[:, None])
@@ -204,30 +238,6 @@ def forward(
     tl.store(LSE + row, lse, mask=ok)
     out = tl.where(empty[:, None], 0.0, acc * factor[:, None])  # what neighbours read, even NaN, stays with them
     tl.store(OUT + row[:, None] * V_ + c[None, :], out.to(OUT.dtype.element_ty), mask=ok[:, None] & (c[None, :] < V_))
-
-
-@triton.jit
-def combine(
-    PARTS, PART_LSE, OUT, LSE, SINK, rows, H,
-    V_: tl.constexpr, V0: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr, HAS_SINK: tl.constexpr,
-):  # fmt: skip
-    """Merge the SPLITS partial outputs of one query and head by their lse."""
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, WIDE)
-    c = tl.arange(0, V0)
-    lse = tl.load(PART_LSE + split * rows + row, mask=split < SPLITS, other=float("-inf"))
-    largest = tl.maximum(tl.max(lse, 0), -1e30)
-    weight = tl.exp2((lse - largest) * LOG2E)
-    total = tl.sum(weight, 0)
-    parts = tl.load(PARTS + (split[:, None] * rows + row) * V_ + c[None, :], mask=(split[:, None] < SPLITS) & (c[None, :] < V_), other=0.0)
-    empty = total == 0
-    merged = tl.where(empty, float("-inf"), largest + tl.log2(total) / LOG2E)
-    factor = tl.where(empty, 0.0, 1 / total)
-    if HAS_SINK:
-        sink = tl.load(SINK + row % H).to(tl.float32)
-        factor = tl.where(empty, 0.0, factor / (1 + tl.exp2((sink - merged) * LOG2E)))
-    tl.store(LSE + row, merged)
-    tl.store(OUT + row * V_ + c, (tl.sum(parts * weight[:, None], 0) * factor).to(OUT.dtype.element_ty), mask=c < V_)
 
 
 @triton.jit

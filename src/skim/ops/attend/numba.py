@@ -12,6 +12,7 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
+from skim.ops.attend.packed import is_packed
 from skim.ops.jit import array, exp, in_threads, kernel
 
 KEYS = 64  # gathered at a time
@@ -27,6 +28,8 @@ def refusal(function: str, args: tuple[Any, ...]) -> Optional[str]:
     """Why `function` can't run on `args`, or None."""
     if function != "attend":
         return "numba has the forward of attend only"
+    if is_packed(args[1]):
+        return "numba reads no packed latents"
     return "numba computes in float32 only, the inputs are float64" if args[0].dtype == torch.float64 else None
 
 

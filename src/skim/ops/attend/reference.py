@@ -1,7 +1,8 @@
 """Attention over selected keys, and over all visible keys, in plain PyTorch, a chunk of queries at a time.
 
 Letters: n queries of a chunk, s keys of a chunk, R selections a query, g = G / R key heads a selection, h = H / G query
-heads a key head. Where unread keys may hold NaN they are zeroed before they meet a zero probability.
+heads a key head. Where unread keys may hold NaN they are zeroed before they meet a zero probability. Packed latents
+are unpacked as they are read.
 """
 
 from typing import Optional
@@ -9,6 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from skim.ops.attend.packed import is_packed, unpack
 from skim.ops.score.reference import bounds, visible_mask
 from skim.ops.workspace import accumulator, chunks
 
@@ -62,8 +64,8 @@ def _score_gradient(p: Tensor, lse: Tensor, sink: Optional[Tensor], values: Tens
 class _Gathered:
     """The selected keys and values of a chunk of queries: k `[n, R, g, K, D]`, v `[n, R, g, K, V]`, valid `[n, R, 1, 1, K]` or None for all."""
 
-    def __init__(self, k: Tensor, v: Optional[Tensor], v_channels: int, indices: Tensor) -> None:
-        S, G, D = k.shape
+    def __init__(self, k: Tensor, v: Optional[Tensor], v_channels: int, indices: Tensor, dtype: torch.dtype) -> None:
+        S, G, C = k.shape
         if S == 0:  # then every slot is -1, and there is no key 0 to stand in for it
             indices = indices[..., :0]
         n, R, K = indices.shape
@@ -72,8 +74,9 @@ class _Gathered:
         self.flat = (indices.clamp(min=0)[:, :, None].long() * G + head).flatten()
         shape = n, R, G // R, K
         self.valid = None if bool(valid.all()) else valid[:, :, None, None]
-        dtype = accumulator(k.dtype)
-        self.k = k.reshape(S * G, D).index_select(0, self.flat).view(*shape, D).to(dtype)
+        rows = k.reshape(S * G, C).index_select(0, self.flat)
+        dtype, rows = accumulator(dtype), unpack(rows, dtype) if is_packed(k) else rows
+        self.k = rows.view(*shape, rows.shape[-1]).to(dtype)
         self.v = self.k[..., :v_channels]
         if v is not None:
             self.v = v.reshape(S * G, v_channels).index_select(0, self.flat).view(*shape, v_channels).to(dtype)
@@ -103,7 +106,7 @@ def attend(
     sinks = None if sink is None else sink.view(R, G // R, H // G)
     for b in range(B):
         for rows in chunks(T, _attend_bytes(q, k, v_channels, K), workspace_mb):
-            read = _Gathered(k[b], None if v is None else v[b], v_channels, indices[b, rows])
+            read = _Gathered(k[b], None if v is None else v[b], v_channels, indices[b, rows], q.dtype)
             scores = (_grouped(q[b, rows], R, G) * scale) @ read.k.transpose(-1, -2)
             p, row_lse = _softmax(scores, read.valid)
             part = p @ read.v
@@ -139,7 +142,7 @@ def attend_backward(
     sinks = None if sink is None else sink.view(R, G // R, H // G)
     for b in range(B):
         for rows in chunks(T, 2 * _attend_bytes(q, k, v_channels, K), workspace_mb):
-            read = _Gathered(k[b], None if v is None else v[b], v_channels, indices[b, rows])
+            read = _Gathered(k[b], None if v is None else v[b], v_channels, indices[b, rows], q.dtype)
             query, do, o = _grouped(q[b, rows], R, G), _grouped(grad[b, rows], R, G), _grouped(out[b, rows], R, G)
             row_lse = lse[b, rows].view(o.shape[:-1])
             p = _probabilities((query * scale) @ read.k.transpose(-1, -2), read.valid, row_lse)
@@ -205,14 +208,15 @@ def attend_dense(
     out = torch.zeros(B, T, H, v_channels, dtype=q.dtype, device=q.device)
     lse = torch.full((B, T, H), -torch.inf, dtype=accumulator(q.dtype), device=q.device)
     for b in range(B):
+        keys = unpack(k[b], q.dtype) if is_packed(k) else k[b]
         for rows in chunks(T, dense_bytes(q, S), workspace_mb):
             low, high = bounds(start[b, rows], end[b, rows], S)
             if low == high:
                 continue
             mask = visible_mask(start[b, rows], end[b, rows], low, high)
             n = mask.shape[0]
-            p, row_lse = _dense_softmax(by_key_head(q[b, rows], G), dense_keys(k[b], low, high), mask, scale)
-            values = _dense_values(k[b], None if v is None else v[b], v_channels, low, high)
+            p, row_lse = _dense_softmax(by_key_head(q[b, rows], G), dense_keys(keys, low, high), mask, scale)
+            values = _dense_values(keys, None if v is None else v[b], v_channels, low, high)
             unread = values.isfinite().logical_not_()
             if bool(unread.any()):  # zero times NaN is NaN: keep it from the rows that don't see that value
                 touched = (p > 0).to(p.dtype) @ unread.to(p.dtype)

@@ -8,12 +8,16 @@ import torch
 import triton
 from torch import Tensor
 
-from skim.ops.attend.kernels import DENSE, LOG2E, ROWS, UNION, backward, backward_keys, combine, forward, prepare
+from skim.ops import codec
+from skim.ops.attend import packed
+from skim.ops.attend.kernels import DENSE, LOG2E, ROWS, UNION, backward, backward_keys, forward, prepare
+from skim.ops.attend.splits import MOST, merge, parts_of
 from skim.ops.attend.union import tiles_of, unions
 from skim.ops.dispatch import capability, processors, shared_memory
 
 UNION_MB = 256  # more makes nothing faster: a chunk fills the card
 LARGEST_UNION = 0.5  # of a tile's selections together; beyond, sharing costs more arithmetic than it saves gathers
+E4M3 = 89  # the first with instructions that convert it
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -40,6 +44,7 @@ class _Plan(NamedTuple):
     warps: int
     registers: int | None  # a thread, where fewer than the compiler would take let two programs share a processor
     VALUES_IN_KEYS: bool
+    SHARED_SCALE: int  # channels of a packed latent with one scale, 0 where keys aren't packed
 
 
 def _plan(q: Tensor, k: Tensor, v: Tensor | None, v_channels: int, tile: int, gradients: bool) -> _Plan:
@@ -49,18 +54,21 @@ def _plan(q: Tensor, k: Tensor, v: Tensor | None, v_channels: int, tile: int, gr
     D1 = 0 if D <= D0 else max(16, triton.next_power_of_2(D - D0))
     V0 = max(16, triton.next_power_of_2(v_channels))
     inside = v is None and v_channels == D0
-    most = _most_rows(q, v_channels, gradients)
+    most = _most_rows(q, k, v_channels, gradients)
     block_h = min(triton.next_power_of_2(heads), most)
     block_h = max(block_h, 16 // tile)
     rows = tile * block_h
     item, depth = q.element_size(), D0 + D1 + (0 if inside else V0)
     resident = rows * (D0 + D1) * item
     stages, block_k = (2, 64) if item == 2 else (1, 32)
+    packs = packed.is_packed(k)
     hopper = capability(q.device) == 90  # its matrix units read shared memory, so registers hold more of everything else
     if gradients:
         # Beside the keys: queries and gradients of out, and probabilities on their way through shared memory.
         resident += rows * V0 * item
         block_k = 64 if hopper and rows == 128 else 32
+    elif packs and rows < 64:  # without a pipeline, whose bytes would fill the registers
+        stages, block_k = 1, 512 // rows
     elif rows == 16:
         block_k *= 2
     limit = shared_memory(q.device)
@@ -72,12 +80,14 @@ def _plan(q: Tensor, k: Tensor, v: Tensor | None, v_channels: int, tile: int, gr
             block_k //= 2
     warps = 8 if rows == 128 or rows * max(D0 + D1, V0) >= 128 * 128 or D0 > 256 else 4
     registers = 128 if hopper and rows == 128 and not gradients else None
-    return _Plan(D0, D1, V0, tile, block_h, block_k, stages, warps, registers, inside)
+    return _Plan(D0, D1, V0, tile, block_h, block_k, stages, warps, registers, inside, codec.LATENT_BLOCK if packs else 0)
 
 
-def _most_rows(q: Tensor, v_channels: int, gradients: bool = False) -> int:
+def _most_rows(q: Tensor, k: Tensor, v_channels: int, gradients: bool = False) -> int:
     """Rows of a program's matrix products: more fill the matrix units better until registers run out."""
     wide = max(q.shape[3], v_channels)
+    if packed.is_packed(k) and capability(q.device) != 90:
+        return 32  # registers hold keys as they are unpacked
     if wide > 256:
         rows = 32 if gradients or q.element_size() == 4 else 64
         return rows if shared_memory(q.device) > 128 << 10 else rows // 2
@@ -89,12 +99,12 @@ def _most_rows(q: Tensor, v_channels: int, gradients: bool = False) -> int:
 def neighbours(q: Tensor, k: Tensor, v_channels: int, gradients: bool = False) -> int:
     """How many neighbouring queries share a union: 1 where the heads of one query fill a program by themselves."""
     heads = triton.next_power_of_2(q.shape[2] // k.shape[2])
-    return max(1, min(_most_rows(q, v_channels, gradients) // heads, 32))
+    return max(1, min(_most_rows(q, k, v_channels, gradients) // heads, 32))
 
 
 def _splits(programs: int, walk: int, block_k: int, device: torch.device) -> int:
     """Over how many programs a long walk is split where there are too few of them to fill the card."""
-    return max(1, min(-(-2 * processors(device) // max(programs, 1)), walk // (4 * block_k), 64))
+    return max(1, min(-(-2 * processors(device) // max(programs, 1)), walk // (4 * block_k), MOST))
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -109,6 +119,9 @@ def _launch_forward(
     S, G = k.shape[1:3]
     V = out.shape[3]
     values = k if v is None else v
+    scales = rope = q
+    if plan.SHARED_SCALE:
+        k, scales, rope = packed.parts(k)
     width = reads[0].shape[-1] if reads else 0
     list_, bits, counts = (*reads, *(q,) * (3 - len(reads)))
     start, end = interval or (q, q)
@@ -116,31 +129,35 @@ def _launch_forward(
     splits = 1
     if mode != UNION.value and not shared_tile:
         splits = _splits(tiles * heads, S if mode == DENSE.value else width, plan.BLOCK_K, q.device)
-    into, into_lse = out, lse
-    if splits > 1:
-        into, into_lse = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
+    into, into_lse = parts_of(splits, out, lse)
     grid = (tiles, heads, splits)
     forward[grid](
-        q, k, values, into, into_lse, sink, list_, bits, counts, start, end,
+        q, k, values, scales, rope, into, into_lse, sink, list_, bits, counts, start, end,
         first, scale * LOG2E.value, T, S, tiles, width, limit, B * T * H, *_strides(q, k, values),
         H, G, R, D, plan.D0, plan.D1, V, plan.V0, plan.TILE, plan.BLOCK_H, plan.BLOCK_K, plan.STAGES, splits,
-        mode, shared_tile, sink is not None and splits == 1, plan.VALUES_IN_KEYS, num_warps=plan.warps, maxnreg=plan.registers, enable_fp_fusion=True,
+        mode, shared_tile, sink is not None and splits == 1, plan.VALUES_IN_KEYS, plan.SHARED_SCALE, capability(q.device) >= E4M3,
+        num_warps=plan.warps, maxnreg=plan.registers, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
-        wide = triton.next_power_of_2(splits)
-        combine[(B * T * H,)](
-            into, into_lse, out, lse, sink, B * T * H, H, V, plan.V0, splits, wide, sink is not None, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        merge(into, into_lse, out, lse, sink)
 
 
 def _contiguous_channels(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
+def _whole_words(k: Tensor) -> Tensor:
+    """k; packed latents copied where their rows don't begin at multiples of four bytes."""
+    if packed.is_packed(k) and any(x % codec.SCALE_BYTES for x in (k.storage_offset(), *k.stride()[:2])):
+        return k.clone(memory_format=torch.contiguous_format)
+    return k
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, v_channels: int, scale: float, sink: Tensor | None, workspace_mb: int
 ) -> tuple[Tensor, Tensor]:
     q, k, v, sink = _contiguous_channels(q, k, v, sink)  # type: ignore[assignment]
+    k = _whole_words(k)
     B, T, H, _ = q.shape
     R, K = indices.shape[2:]
     out, lse = q.new_empty(B, T, H, v_channels), q.new_empty(B, T, H, dtype=torch.float32)
@@ -173,6 +190,7 @@ def attend_dense(
     q: Tensor, k: Tensor, v: Tensor | None, start: Tensor, end: Tensor, v_channels: int, scale: float, sink: Tensor | None, workspace_mb: int
 ) -> tuple[Tensor, Tensor]:
     q, k, v, sink = _contiguous_channels(q, k, v, sink)  # type: ignore[assignment]
+    k = _whole_words(k)
     B, T, H, _ = q.shape
     out, lse = q.new_empty(B, T, H, v_channels), q.new_empty(B, T, H, dtype=torch.float32)
     if k.shape[1] == 0 or out.numel() == 0:
@@ -185,7 +203,7 @@ def attend_dense(
 
 def _dense_tile(q: Tensor, k: Tensor, v_channels: int, gradients: bool) -> int:
     heads = triton.next_power_of_2(q.shape[2] // k.shape[2])
-    return min(max(1, _most_rows(q, v_channels, gradients) // heads), triton.next_power_of_2(q.shape[1]))
+    return min(max(1, _most_rows(q, k, v_channels, gradients) // heads), triton.next_power_of_2(q.shape[1]))
 
 
 class _Prepared(NamedTuple):
