@@ -7,12 +7,15 @@ import copy
 import pytest
 import torch
 import transformers
-from tiny import build, convert, generate, logits, recorded, sparse, tokens
+from tiny import FAMILIES, build, convert, generate, logits, recorded, sparse, tokens
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import skim
+from skim.huggingface import attention
 from skim.huggingface.cache import append_index_keys, holds_index_keys
+from skim.huggingface.state import indexed_layers
+from skim.modules.indexer import cached_keys
 
 IDS = tokens(2, 30)
 
@@ -98,6 +101,52 @@ def test_however_a_dynamic_cache_is_made(made):
         step = model(IDS[:, :1], past_key_values=out.past_key_values).logits
     assert (step - logits(model, torch.cat((IDS, IDS[:, :1]), dim=1))[:, -1:]).abs().max() < 1e-5
     assert all(holds_index_keys(out.past_key_values, number) for number in range(3))
+
+
+def late(monkeypatch, waits: bool) -> list[int]:
+    """Lets layers wait with the index keys that nothing reads, or not; the numbers of layers whose keys are made together."""
+    numbers: list[int] = []
+
+    def counted(indexers, *inputs):
+        numbers.append(len(indexers))
+        return cached_keys(indexers, *inputs)
+
+    monkeypatch.setattr(attention, "cached_keys", counted)
+    monkeypatch.setattr(attention, "takes_late_index_keys", lambda *_: waits)
+    return numbers
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"minimax"}))  # it takes no cache but one of its own
+def test_within_the_budget_all_layers_make_their_index_keys_at_once(family, monkeypatch):
+    model = sparse(family, budget=34)
+    ids, held = tokens(2, 35), []
+    for waits in (True, False):
+        with monkeypatch.context() as patch:
+            numbers = late(patch, waits)
+            cache, _ = prefilled(model, ids[:, :16])
+            prefilled(model, ids[:, 16:32], cache)
+            layers = len(indexed_layers(model))
+            assert numbers == ([layers, layers] if waits else [])
+            prefilled(model, ids[:, 32:], cache)
+            held.append([layer.index_keys for layer in cache.layers if getattr(layer, "index_keys", None) is not None])
+    assert len(held[0]) == layers and all(keys.shape[1] == 35 for keys in held[0])
+    torch.testing.assert_close(*held, rtol=1e-4, atol=1e-5)
+
+
+def test_no_layer_waits_where_its_weights_may_be_gone_by_then(monkeypatch):
+    numbers = late(monkeypatch, True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    cache, _ = prefilled(sparse("llama", budget=30))
+    assert numbers == [] and all(layer.index_keys.shape[1] == 30 for layer in cache.layers)
+
+
+def test_what_waiting_layers_hold_is_bounded(monkeypatch):
+    ids = tokens(16, 200)  # 400 KiB of hidden states a layer
+    for workspace_mb, expected in ((1, [2, 1]), (64, [3])):
+        numbers = late(monkeypatch, True)
+        cache, _ = prefilled(sparse("llama", budget=256, workspace_mb=workspace_mb), ids)
+        assert numbers == expected
+        assert all(layer.index_keys.shape[1] == 200 for layer in cache.layers)
 
 
 def test_layers_without_an_indexer_have_no_index_keys():

@@ -49,7 +49,7 @@ def test_reverting_leaves_nothing_behind():
     assert [name for name, _ in model.named_modules()] == [name for name, _ in untouched.named_modules()]
     for module, twin in zip(model.modules(), untouched.modules()):
         assert vars(module).keys() == vars(twin).keys()
-        assert not module._forward_pre_hooks
+        assert not module._forward_pre_hooks and not module._forward_hooks
     for verb in (skim.revert, skim.use, skim.record):
         with pytest.raises(ValueError, match="model: expected a model after skim.convert, got one that was not converted"):
             verb(model)

@@ -146,6 +146,15 @@ def test_trainer_trains_it_and_its_checkpoint_loads(tmp_path):
     assert torch.equal(logits(load(tmp_path / "trained"), IDS), logits(model, IDS))
 
 
+def test_it_generates_as_transformers_serve_asks_it_to(tmp_path):
+    """`serve` hands the tokenizer to `generate`, which passes it on down to the attention."""
+    model = sparse("llama", budget=7)
+    loaded = load(skim.export(model, tmp_path / "out"))
+    with torch.no_grad():
+        served = loaded.generate(IDS, max_new_tokens=4, do_sample=False, tokenizer=object())
+        assert torch.equal(served, model.generate(IDS, max_new_tokens=4, do_sample=False))
+
+
 def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="was not converted"):

@@ -11,6 +11,7 @@ from torch import nn
 
 import skim
 from skim.modules import LightningIndexer
+from skim.modules.indexer import cached_keys
 from skim.ops import codec
 
 HIDDEN, J, E, ROPE = 24, 4, 16, 8
@@ -212,6 +213,45 @@ def test_a_cache_of_fp8_index_keys_holds_a_byte_a_channel_and_a_scale():
     values, scale = codec.unpack(cached)
     assert error(codec.hadamard(codec.dequantise(values, scale)), k) < 0.05
     assert made().cached(k) is k
+
+
+@pytest.mark.parametrize("score_dtype", ["bf16", "fp8"])
+def test_tensors_to_read_with_are_those_to_train_with(score_dtype):
+    indexer, (hidden, positions) = made(score_dtype=score_dtype), inputs()
+    q, k, weights = indexer(hidden, positions)
+    read = indexer(hidden, positions, reads="sparse")
+    dense = indexer(hidden, positions, reads="dense")
+    assert torch.equal(read.k, dense.k) and read.k.dtype == indexer.cached(k).dtype
+    assert dense.q.shape == (2, 0, J, E) and dense.weights.shape == (2, 0, J)
+    keys = codec.hadamard(codec.dequantise(*codec.unpack(read.k))) if score_dtype == "fp8" else read.k
+    assert error(keys, k) < (0.05 if score_dtype == "fp8" else 1e-6)
+    assert error(read.q, q) < 1e-6 and error(read.weights, weights) < 1e-6
+    assert not read.k.requires_grad and k.requires_grad
+
+
+@pytest.mark.parametrize("score_dtype", ["bf16", "fp8"])
+def test_keys_of_many_layers_are_those_of_each(score_dtype):
+    indexers = [made(score_dtype=score_dtype, rope_layout="interleaved") for _ in range(3)]
+    with torch.no_grad():
+        for i, indexer in enumerate(indexers):
+            for parameter in indexer.parameters():
+                parameter.mul_(i + 1).add_(0.1 * i)
+    hidden = [inputs(seed=i)[0] for i in range(3)]
+    positions = inputs()[1]
+    together = cached_keys(indexers, hidden, positions)
+    for indexer, x, keys in zip(indexers, hidden, together):
+        own = indexer(x, positions).k
+        found = codec.hadamard(codec.dequantise(*codec.unpack(keys))) if score_dtype == "fp8" else keys
+        assert error(found, own) < (0.05 if score_dtype == "fp8" else 1e-6)
+
+
+def test_keys_to_read_with_are_cast_as_those_to_train_with():
+    hidden, positions = inputs(dtype=torch.bfloat16)
+    assert made()(hidden, positions, reads="dense").k.dtype == torch.float32, "a float32 indexer under a bf16 model"
+    with torch.autocast("cpu", torch.bfloat16):
+        trained, read = made()(inputs()[0], inputs()[1]), made()(inputs()[0], inputs()[1], reads="sparse")
+    assert [x.dtype for x in read] == [x.dtype for x in trained] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert all(error(found, wanted) < 1e-2 for found, wanted in zip(read, trained))
 
 
 def test_trap_10_fp8_and_bf16_select_nearly_the_same():

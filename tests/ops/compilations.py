@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib import import_module
+from itertools import product
 from unittest import mock
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, os.path.dirname(__file__))
 from compiled import compiling  # noqa: E402
+
+from skim.ops.checks import expect_index_inputs  # noqa: E402
 
 MODES = ("rows", "union", "dense")  # of skim.ops.attend.triton
 Call = tuple[str, Callable[[], object]]
@@ -61,15 +64,26 @@ def latent(capability: int) -> Iterator[Call]:
     shape = 128, 1, 576, 512
     yield from named(shape, attention(shape, 64, 1))
     yield from named(shape, ((f"{name}, decode", call) for name, call in attention(shape, 1, 132) if "backward" not in name))
+    kernels = import_module("skim.ops.attend.triton")
+    for H, (T, processors, suffix) in product((128, 16), ((64, 1, ""), (1, 132, ", decode"))):
+        q, k = empty(1, T, H, 576), empty(1, 4096, 1, 656, dtype=torch.uint8)
+        for name, reads in (("attend", (zeros(1, T, 1, 512),)), ("attend_dense", (zeros(1, T), zeros(1, T)))):
+            call = partial(getattr(kernels, name), q, k, None, *reads, 512, 0.1, None, 64)
+            pretend = mock.patch.object(kernels, "processors", lambda device, n=processors: n)
+            yield f"{H}/1 656 {name}{suffix}", pretend(call)
 
 
 def hopper(capability: int) -> Iterator[Call]:
-    """MLA in Gluon: a query's heads fill the rows of a program, or neighbours share a union."""
+    """MLA in Gluon: a query's heads fill the rows of a program, or neighbours share a union; 656 channels are the bytes of packed latents."""
     kernels, unions = import_module("skim.ops.attend.hopper"), import_module("skim.ops.attend.union")
-    for H, D in ((128, 576), (64, 512), (100, 576), (16, 576)):
+    for H, D, T in ((128, 576, 264), (64, 512, 264), (100, 576, 264), (16, 576, 264), (128, 576, 1), (128, 656, 264), (16, 656, 264), (16, 656, 1)):
         sink = empty(H, dtype=torch.float32) if H == 16 else None
-        call = partial(kernels.attend, empty(1, 64, H, D), empty(1, 4096, 1, D), None, zeros(1, 64, 1, 512), 512, 0.1, sink, 64)
-        yield f"{H}/1 {D} attend", mock.patch.object(unions, "processors", lambda device: 132)(call)
+        k = empty(1, 4096, 1, D, dtype=torch.uint8 if D == 656 else torch.bfloat16)
+        for name, reads in (("attend", (zeros(1, T, 1, 512),)), ("attend_dense", (zeros(1, T), zeros(1, T)))):
+            call = partial(getattr(kernels, name), empty(1, T, H, min(D, 576)), k, None, *reads, 512, 0.1, sink, 64)
+            for module in (kernels, unions):
+                call = mock.patch.object(module, "processors", lambda device: 132)(call)
+            yield f"{H}/1 {D} {name}{', decode' if T == 1 else ''}", call
 
 
 def named(shape: tuple[int, int, int, int], calls: Iterable[Call]) -> Iterator[Call]:
@@ -95,6 +109,14 @@ def indexers(capability: int, T: int, S: int) -> Iterator[tuple[str, tuple[Tenso
         yield f"{J}x{E} {'fp8' if eight else 'bf16'}", (empty(1, T, J, E, dtype=dtype), empty(1, S, E, dtype=dtype), empty(1, T, J), *scales)
 
 
+def cached(T: int) -> Iterator[tuple[str, tuple[Tensor | None, ...], Tensor | None]]:
+    """FP8 keys in the bytes of a cache, 64 heads of 128 channels: in rows of 132 bytes, and in pages, with their block table."""
+    q, weights, scale = empty(1, T, 64, 128, dtype=torch.float8_e4m3fn), empty(1, T, 64), empty(1, T, 64, dtype=torch.float32)
+    for name, shape, table in (("rows", (1, 4096, 132), None), ("pages", (64, 64 * 132), zeros(1, 64))):
+        _, k, _, _, k_scale = expect_index_inputs((q, scale), empty(*shape, dtype=torch.uint8), weights, paged=table is not None)
+        yield f"64x128 fp8 {name}", (q, k, weights, scale, k_scale), table
+
+
 def score(capability: int) -> Iterator[Call]:
     kernels = import_module("skim.ops.score.triton")
     T, S = 64, 4096
@@ -104,6 +126,8 @@ def score(capability: int) -> Iterator[Call]:
         if "bf16" in name:
             grad = empty(1, T, S, dtype=torch.float32)
             yield f"{name} index_scores_backward", partial(kernels.index_scores_backward, grad, *inputs[:3], *interval, 64)
+    for name, inputs, table in cached(T):
+        yield f"{name} index_scores", partial(kernels.index_scores, *inputs, *interval, 64, table)
 
 
 def select(capability: int) -> Iterator[Call]:
@@ -114,6 +138,8 @@ def select(capability: int) -> Iterator[Call]:
         yield f"{name} select of 2048", partial(kernels.select, *inputs, *interval, 2048, 0, 0, False, 512)
         if name == "4x64 bf16" and capability == 90:
             yield f"{name} select of 8192 with scores", partial(kernels.select, *inputs, *interval, 8192, 1, 1, True, 512)
+    for name, inputs, table in cached(T):
+        yield f"{name} select of 64", partial(kernels.select, *inputs, *interval, 64, 0, 0, False, 512, table)
     yield "top_k of 2048", partial(kernels.top_k, empty(T, S, dtype=torch.float32), zeros(T), zeros(T), 2048)
 
 
@@ -133,6 +159,11 @@ def codec(capability: int) -> Iterator[Call]:
     yield "quantise", partial(kernels.quantise, x, "ue8m0")
     yield "dequantise", partial(kernels.dequantise, x.to(torch.float8_e4m3fn), empty(4096, dtype=torch.float32))
     yield "hadamard", partial(kernels.hadamard, x)
+    yield "quantise spread", partial(kernels.quantise, x, "float32", True)
+    keys, angles = empty(36, 1, 1024, 64), (empty(1, 1024, 16), empty(1, 1024, 16))
+    yield "rotate", partial(kernels.rotate, empty(1, 1024, 8, 64), *angles, "half")
+    for name, scale_format in (("bf16", None), ("fp8", "float32")):
+        yield f"index_keys {name}", partial(kernels.index_keys, keys, empty(36, 64), empty(36, 64), 1e-6, *angles, "half", scale_format)
 
 
 def main(capability: int, operators: list[str]) -> None:

@@ -17,7 +17,7 @@ SHARED = {80: 163, 89: 99, 90: 227, 120: 99}  # KiB of shared memory that a prog
 HALVES = [("attend", "latent"), ("score", "select", "align", "codec")]  # about as much work
 
 # Of kernels in the form "sm_90 32/2 128 attend forward union": heads/key heads, channels, call, kernel.
-WITHOUT_PRODUCTS = r"(unite|prepare|combine|threshold_kernel|choose_kernel|_quantise|_dequantise|_hadamard)$|top_k"
+WITHOUT_PRODUCTS = r"(unite|prepare|combine|threshold_kernel|choose_kernel|_quantise|_dequantise|_hadamard|_rotate|_index_keys)$|top_k"
 FLOAT32 = r"index_scores_backward"  # exact products: matrix units have none
 FEW_ROWS = r" (?!128/1)\S+ \d+ attend.*( rows$|decode)| 16/16 .* union$| 128/1 .*_backward"  # a warp group multiplies 64 rows at least
 
@@ -26,13 +26,14 @@ SPILLS = [
     (r"sm_90 .* attend(_dense)? forward (union|dense)", 320, "128 registers, so that two programs share a processor: measured 20 % faster"),
     (r"attend_backward, deterministic backward union", 192, "adds 64-bit integers"),
     (r" 128/1 576 attend", 896, "a query's rows of 576 channels and what they sum fill the registers"),
+    (r"sm_90 (128|16)/1 656 attend", 1088, "64 rows with Triton 3.9 (8 bytes with 3.6); bfloat16 queries take the Gluon kernel"),
     (r"sm_80 32/[28] 128 attend_backward backward union", 192, "128 rows, twice as wide as the registers hold with sm_80's instructions"),
     (r"sm_120 16/16 128 attend_dense forward dense", 128, "128 rows in 4 warps"),
     (r"sm_80 .* align sparse kernel", 64, "the sums over keys of 16 queries fill the registers"),
     (r" (32/8|16/16) 128 attend", 64, "addresses in 64 bits beside what fills the registers"),
     (r"select of 2048 choose_kernel", 1024, "holds the candidates of a row in registers"),
     (r"select of 8192 with scores choose_kernel", 2048, "holds the candidates of a row in registers"),
-    (r"sm_(80|89|120) .* exhaustive_kernel", 64, "runs for rows only whose sample was of no use"),
+    (r"exhaustive_kernel", 64, "runs for rows only whose sample was of no use"),
     (FLOAT32, 8192, "for tests and drawings; nothing trains through it"),
 ]
 

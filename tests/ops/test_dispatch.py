@@ -134,6 +134,10 @@ def calls() -> dict[str, Callable[[str], object]]:
         "quantise": lambda impl: codec.quantise(index[1], impl=impl),
         "dequantise": lambda impl: codec.dequantise(*quantised, impl=impl),
         "hadamard": lambda impl: codec.hadamard(index[1], impl=impl),
+        "rotate": lambda impl: codec.rotate(index[0], index[0][:, :, 0, :2], index[0][:, :, 0, :2], layout="half", impl=impl),
+        "index_keys": lambda impl: codec.index_keys(
+            index[1][None], index[1][:, 0], index[1][:, 0], 1e-6, index[1][..., :2], index[1][..., :2], layout="half", impl=impl
+        ),
     }
 
 

@@ -26,14 +26,19 @@ def calls() -> dict[str, tuple]:
     out, lse = attend(q, k, v, indices=indices, sink=sink)
     dense_out, dense_lse = attend_dense(q, k, v, start=interval[0], end=interval[1])
     options = (3, 0, 1, False, 1, "auto")
+    angles, keys, norm = (normal(B, T, 2), normal(B, T, 2, seed=1)), normal(3, B, T, 8), (normal(3, 8), normal(3, 8, seed=1))
+    pool = codec.quantise(normal(4, 3, 16))
+    pages, table = (pool[0], index[2], q8[1], pool[1]), torch.tensor([[2, 0, 3], [1, 2, 0]], dtype=torch.int32)
     return {
         "index_scores": (*grad(*index), None, None, *interval, 1, "auto"),
         "index_scores/fp8": (q8[0], k8[0], index[2], q8[1], k8[1], *interval, 1, "auto"),
+        "index_scores/fp8 pages": (q8[0], *pages, *interval, 1, "auto", table),
         "index_scores_backward": (normal(B, T, S), *index, *interval, 1, "auto"),
         "select": (*index, None, None, *interval, *options),
         "select/scores": (*index, None, None, *interval, 3, 1, 1, True, 1, "auto"),
         "select/mass": (*index, None, None, *interval, 3, 1, 1, True, 1, "auto", 0.5, 2),
         "select/fp8": (q8[0], k8[0], index[2], q8[1], k8[1], *interval, *options),
+        "select/fp8 pages": (q8[0], *pages, *interval, *options, None, 1, table),
         "attend": (*grad(q, k, v), indices, *grad(sink), *REST),
         "attend/mla": (*grad(*mla), None, indices, None, *REST),
         "attend_backward": (out, lse, q, k, v, indices, sink, out, lse, *REST),
@@ -44,7 +49,11 @@ def calls() -> dict[str, tuple]:
         "attend_dense_backward/mla": (dense_out, dense_lse, *mla, None, *interval, sink, dense_out, dense_lse, *REST),
         "quantise/fp8": (index[1], "ue8m0", "auto"),
         "dequantise/fp8": (*k8, "auto"),
+        "quantise/fp8 spread": (normal(3, 8), "float32", "auto", True),
         "hadamard": (*grad(normal(3, 8)), "auto"),
+        "rotate": (index[0], *angles, "half", "auto"),
+        "index_keys": (keys, *norm, 1e-6, *angles, "interleaved", None, "auto"),
+        "index_keys/fp8": (keys, *norm, 1e-6, *angles, "half", "float32", "auto"),
         "align": (q, k, *grad(*index), *interval, None, None, 0.4, None, 1, "auto"),
         "align/sparse": (q, k, *grad(*index), *interval, indices[:, :, 0], lse, 0.4, None, 1, "auto"),
     }

@@ -83,6 +83,94 @@ def test_the_rotation_is_bitwise_the_references(E, dtype):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("E", [1, 64, 128])
+def test_spread_and_quantised_in_one_pass_are_the_bytes_of_two(E, dtype, scale_format):
+    x = rows_of_many_sizes((37, E), dtype)
+    wanted = codec.quantise(codec.hadamard(x, impl="reference"), scale_format=scale_format, impl="reference")
+    values, scale = (y.cpu() for y in codec.quantise(x.to(DEVICE), scale_format=scale_format, spread=True, impl="triton"))
+    assert torch.equal(scale, wanted[1]) and torch.equal(values.view(torch.uint8), wanted[0].view(torch.uint8))
+
+
+# [B, T, J, E], rotated channels, whether all rows of the batch share their positions
+TURNS = [((2, 5, 3, 16), 8, True), ((2, 33, 1, 48), 48, False), ((1, 1, 8, 64), 2, False), ((3, 2, 2, 12), 6, True), ((1, 0, 4, 16), 8, False)]
+
+
+def angles(B: int, T: int, rope_dim: int, shared: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin `[B, T, rope_dim / 2]` as views of a wider table: every other frequency."""
+    table = normal(1 if shared else B, T, rope_dim, seed=1) * 9
+    return tuple(x[..., ::2].expand(B, -1, -1).to(dtype) for x in (table.cos(), table.sin()))
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)], ids=str)
+@pytest.mark.parametrize(("shape", "rope_dim", "shared"), TURNS)
+def test_rotated_queries_are_bitwise_the_references(shape, rope_dim, shared, dtypes, layout):
+    x, (cos, sin) = normal(*shape, dtype=dtypes[0]), angles(*shape[:2], rope_dim, shared, dtypes[1])
+    found = codec.rotate(x.to(DEVICE), cos.to(DEVICE), sin.to(DEVICE), layout=layout, impl="triton")
+    assert torch.equal(found.cpu(), codec.rotate(x, cos, sin, layout=layout, impl="reference"))
+
+
+def test_rotated_queries_in_bfloat16_are_the_references_within_the_interpreters_rounding():
+    x, (cos, sin) = normal(2, 9, 4, 64, dtype=torch.bfloat16), angles(2, 9, 32, True, torch.bfloat16)
+    found = codec.rotate(x.to(DEVICE), cos.to(DEVICE), sin.to(DEVICE), layout="half", impl="triton").cpu()
+    wanted = codec.rotate(x, cos, sin, layout="half", impl="reference")
+    if DEVICE == "cpu":  # it cuts off where a GPU rounds
+        torch.testing.assert_close(found, wanted, rtol=2**-6, atol=2**-6)
+    else:
+        assert torch.equal(found, wanted)
+
+
+def projected(L: int, B: int, T: int, E: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """What key projections give, of many sizes and with a mean, and the weights and biases of L norms."""
+    sizes = torch.logspace(-3, 3, L * B * T).view(L, B, T, 1)
+    x = (normal(L, B, T, E) + 0.5) * sizes
+    return x.to(dtype), (1 + 0.3 * normal(L, E, seed=1)).to(dtype), (0.3 * normal(L, E, seed=2)).to(dtype)
+
+
+def both_keys(x, weight, bias, cos, sin, layout, scale_format) -> list[torch.Tensor]:
+    """Index keys of the reference and of the kernel."""
+    options = {"layout": layout, "scale_format": scale_format}
+    args = [y.to(DEVICE) for y in (x, weight, bias, cos, sin)]
+    return [
+        codec.index_keys(x, weight, bias, 1e-6, cos, sin, impl="reference", **options),
+        codec.index_keys(*args[:3], 1e-6, *args[3:], impl="triton", **options).cpu(),
+    ]
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 2, 5, 16), (1, 1, 70, 64), (2, 3, 1, 48)])
+def test_index_keys_are_the_references_within_a_rounding_of_the_norm(shape, dtype, layout):
+    wanted, found = both_keys(*projected(*shape, dtype), *angles(*shape[1:3], shape[3] // 2, False, dtype), layout, None)
+    assert found.dtype == dtype and found.shape == shape
+    torch.testing.assert_close(found, wanted, rtol=2e-3 if dtype == torch.float16 else 2e-6, atol=4e-3 if dtype == torch.float16 else 4e-6)
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_rows_of_index_keys_are_those_of_keys_that_were_spread_and_quantised(layout, scale_format):
+    """Of the kernel's own unquantised keys, bit for bit: only the norm may differ from the reference's."""
+    inputs = *projected(3, 2, 23, 64, torch.float16), *angles(2, 23, 32, True, torch.float16)
+    wanted, found = both_keys(*inputs, layout, scale_format)
+    plain = both_keys(*inputs, layout, None)[1]
+    assert torch.equal(found, codec.pack(*codec.quantise(codec.hadamard(plain), scale_format=scale_format)))
+    assert found.shape == wanted.shape == (3, 2, 23, 68) and found.dtype == torch.uint8
+    read, expected = (codec.dequantise(*codec.unpack(rows)) for rows in (found, wanted))
+    assert float((read - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_an_index_key_does_not_depend_on_the_keys_beside_it():
+    x, weight, bias = projected(2, 1, 130, 64, torch.float32)
+    cos, sin = angles(1, 130, 32, False, torch.float32)
+    whole = both_keys(x, weight, bias, cos, sin, "half", "float32")[1]
+    for first, last in ((0, 1), (1, 66), (129, 130)):
+        part = slice(first, last)
+        one = both_keys(x[1:, :, part], weight[1:], bias[1:], cos[:, part], sin[:, part], "half", "float32")[1]
+        assert torch.equal(one, whole[1:, :, part])
+
+
 def test_float64_is_refused_by_name():
     with pytest.raises(ValueError, match=r"impl: 'triton' cannot run codec \(quantise\).*float64"):
         codec.quantise(normal(2, 8, dtype=torch.float64).to(DEVICE), impl="triton")

@@ -3,12 +3,14 @@
 decoder pre-hook: opens a `Forward` (the settings in force) and passes it down among the keyword arguments.
 attention pre-hook: makes the index tensors, keeps index keys in the cache, hands both over.
 attention function: selects, attends, aligns; or calls the attention that the model had before.
+decoder hook: makes the index keys that nothing read, those of all layers at once.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +20,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skim.huggingface import record
-from skim.huggingface.cache import append_index_keys, holds_index_keys
+from skim.huggingface.cache import append_index_keys, append_to, holds_index_keys, indexed_layer, takes_late_index_keys
 from skim.huggingface.masks import PREFIX, is_decided_dense, is_visibility, unpack_visibility
-from skim.huggingface.state import Forward, HandOver, LayerInputs, State, source_of
+from skim.huggingface.state import Forward, HandOver, LayerInputs, State, Waiting, source_of
 from skim.modules import IndexTensors, LightningIndexer
-from skim.modules.latents import unpack, unpack_read
+from skim.modules.indexer import cached_keys
+from skim.modules.latents import unpack
 from skim.ops import align, attend, attend_dense
+from skim.ops.workspace import workspace
 from skim.selection import Selection
 
 # What families pass to the attention function that changes nothing in a sparse one: visibility already holds it, or it
@@ -45,6 +49,7 @@ HARMLESS = {
     "position_ids",
     "return_dict",
     "sliding_window",
+    "tokenizer",
     "use_cache",
 }
 
@@ -67,6 +72,11 @@ def open_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     settings = state.config, state.letters, state.mode, state.selector, state.recording, state.keeping, state.serial
     forward = Forward(*settings, tied, unaveraged)
     return args, {**kwargs, "skim": forward}
+
+
+def close_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Hook of the decoder, behind its forward pass."""
+    _make_waiting(kwargs["skim"])
 
 
 def _trains(decoder: nn.Module) -> bool:
@@ -94,31 +104,65 @@ def prepare(
 ) -> HandOver:
     """What an attention module reads with: its index tensors, with every index key that the cache holds."""
     layer, indexer = int(module.layer_idx), getattr(module, "indexer", None)  # type: ignore[arg-type]
-    index = unquantised = None
     selects = forward.mode == "sparse" or forward.selector is not None
     keeps_keys = cache is not None and (selects or holds_index_keys(cache, layer))
-    if indexer is not None and (sparse or keeps_keys):
-        inputs = hidden.detach(), position_embeddings, None if q_latent is None else q_latent.detach()
-        with torch.set_grad_enabled(forward.recording):
-            index = indexer(*inputs, keys_only=not sparse)
+    if indexer is None or not (sparse or keeps_keys):
+        return HandOver(forward, None, None)
+    if not sparse and _waits(forward, cache, layer, indexer, hidden, position_embeddings):
+        return HandOver(forward, None, None)
+    inputs = hidden.detach(), position_embeddings, None if q_latent is None else q_latent.detach()
+    unquantised = None
+    if forward.recording:
+        with torch.enable_grad():
+            index = indexer(*inputs)
             unquantised = index.k
-            keys = indexer.cached(index.k)
-        if keeps_keys:
-            keys = append_index_keys(cache, layer, keys.detach())
-        index = IndexTensors(index.q, keys, index.weights)
-        if forward.recording and _served(layer, forward.letters) > 1:
+            index = index._replace(k=indexer.cached(index.k))
+        if _served(layer, forward.letters) > 1:
             forward.inputs[layer] = indexer, inputs
+    else:
+        with torch.no_grad():
+            index = indexer(*inputs, reads="sparse" if sparse else "dense")
+    if keeps_keys:
+        index = index._replace(k=append_index_keys(cache, layer, index.k.detach()))
     return HandOver(forward, index, unquantised)
+
+
+def _waits(forward: Forward, cache: Any, layer: int, indexer: LightningIndexer, hidden: Tensor, position_embeddings: Any) -> bool:
+    """Whether a layer's new index keys, which nothing reads now, are made later, in one go with other layers'; if so it is noted.
+
+    Layer by layer their few small kernels would take longer to launch than to run. Not where a compiler fuses them, nor where weights may
+    be somewhere else by then (sharded over processes).
+    """
+    if torch.compiler.is_compiling() or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    target = indexed_layer(cache, layer)
+    if not takes_late_index_keys(cache, target):
+        return False
+    if not forward.waiting:  # inputs are copied once, so half the workspace is theirs
+        forward.room = workspace(forward.config.workspace_mb, hidden.device) << 19
+    forward.waiting.append(Waiting(layer, target, indexer, hidden, position_embeddings))
+    forward.room -= hidden.nbytes
+    if forward.room < 0:
+        _make_waiting(forward)
+    return True
+
+
+def _make_waiting(forward: Forward) -> None:
+    """The index keys that layers wait for, into the cache."""
+    groups: dict[Any, list[Waiting]] = {}
+    for waiting in forward.waiting:  # layers on other devices have a table of positions there
+        groups.setdefault((id(waiting.position_embeddings[0]), waiting.hidden.shape), []).append(waiting)
+    for layers in groups.values():
+        made = cached_keys([x.indexer for x in layers], [x.hidden for x in layers], layers[0].position_embeddings)
+        for waiting, keys in zip(layers, made):
+            append_to(waiting.target, waiting.layer, keys)
+    forward.waiting.clear()
 
 
 def register(original: str) -> str:
     """Register the attention function that stands before `original`'s; the name of the implementation."""
     name = PREFIX + original
-
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        return _attention(original, module, query, key, value, attention_mask, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, original))
     return name
 
 
@@ -192,15 +236,14 @@ def read(module: nn.Module, skim: HandOver, q: Tensor, k: Tensor, v: Tensor | No
     Keys may be FP8 rows of an MLA model's cache. `options` are the operators': scale, and sink or v_channels.
     """
     forward, (start, end) = skim.forward, visible
-    if forward.selector is not None or forward.recording:
+    if forward.selector is not None or forward.recording or q.requires_grad:
         k = unpack(k, q.dtype)
     options["workspace_mb"] = forward.config.workspace_mb
     selection = _selection(module, skim, q, k, visible, options["scale"])
     if selection is None:
-        out, lse = attend_dense(q, unpack(k, q.dtype), v, start=start, end=end, **options)
+        out, lse = attend_dense(q, k, v, start=start, end=end, **options)
     else:
-        keys, picks = unpack_read(k, selection, q.dtype)
-        out, lse = attend(q, keys, v, picks, **options)
+        out, lse = attend(q, k, v, selection, **options)
     return _aligned(module, skim, q, k, visible, selection, out, lse, options["scale"]) if forward.recording else out
 
 

@@ -104,8 +104,8 @@ def layer_of(cache: Cache, layer: int) -> Any:
     return cache.layers[layer]
 
 
-def append_index_keys(cache: Cache, layer: int, new: Tensor) -> Tensor:
-    """Append a layer's new index keys `[B, T, C]` before its own update; everything held, `[B, S, C]`.
+def indexed_layer(cache: Cache, layer: int) -> Any:
+    """The layer of a cache, made one that holds index keys too; asked for before the layer's own update.
 
     Raises:
         ValueError: the cache already holds tokens whose index keys were never made, or is of a kind that can't hold any.
@@ -117,14 +117,38 @@ def append_index_keys(cache: Cache, layer: int, new: Tensor) -> Tensor:
         if cache.offloading and isinstance(target, StaticLayer):  # torch.compile dies over our wait for its copies
             raise ValueError("past_key_values: an offloaded static cache can't hold index keys; use cache_implementation='offloaded'")
         target.__class__ = indexed(type(target))  # type: ignore[arg-type]
-    if not holds_index_keys(cache, layer) and target.is_initialized and int(target.get_seq_length()) > 0:
+    if target.index_keys is None and target.is_initialized and int(target.get_seq_length()) > 0:
         raise ValueError(
             f"past_key_values: layer {layer} holds {int(target.get_seq_length())} tokens without index keys "
             "(a cache that was filled in dense mode or before skim.convert); fill it again in sparse mode"
         )
+    return target
+
+
+def takes_late_index_keys(cache: Cache, target: Any) -> bool:
+    """Whether a layer's new index keys may follow its own update: not behind what a static layer counts, or to what was offloaded."""
+    return not cache.offloading and not isinstance(target, StaticLayer)
+
+
+def append_to(target: Any, layer: int, new: Tensor) -> Tensor:
+    """Append new index keys `[B, T, C]` to those of an `indexed_layer`; everything held, `[B, S, C]`.
+
+    Raises:
+        ValueError: it holds index keys in another form.
+    """
     held = target.index_keys
     if held is not None and (held.dtype == torch.uint8) != (new.dtype == torch.uint8):
         raise ValueError(f"past_key_values: layer {layer} holds index keys of another score_dtype; fill the cache again")
+    return target.append_index_keys(new)
+
+
+def append_index_keys(cache: Cache, layer: int, new: Tensor) -> Tensor:
+    """Append a layer's new index keys `[B, T, C]` before its own update; everything held, `[B, S, C]`.
+
+    Raises:
+        ValueError: as `indexed_layer` and `append_to`.
+    """
+    target = indexed_layer(cache, layer)
     if cache.offloading:  # Cache.update waits for its copies later than this
         torch.cuda.current_stream(new.device).wait_stream(cache.prefetch_stream)
-    return target.append_index_keys(new)
+    return append_to(target, layer, new)

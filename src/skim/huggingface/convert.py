@@ -88,6 +88,7 @@ def attach(model: nn.Module, config: Config | None) -> None:
         layer.skim_hook = layer.register_forward_pre_hook(attention.hand_over, with_kwargs=True)
     decoder.skim_state, decoder.skim_decoder = state, True
     decoder.skim_hook = decoder.register_forward_pre_hook(attention.open_forward, with_kwargs=True)
+    decoder.skim_last_hook = decoder.register_forward_hook(attention.close_forward, with_kwargs=True)
     masks.register(original)
     decoder.config._attn_implementation = attention.register(original)
     decoder.config.to_dict = partial(_saved, decoder.config)
@@ -117,9 +118,10 @@ def revert(model: nn.Module) -> Any:
         elif hasattr(layer, "indexer"):
             del layer.indexer
     for module in (*converted_layers(model).values(), decoder):
-        if hasattr(module, "skim_hook"):
-            module.skim_hook.remove()
-        for name in ("skim_state", "skim_hook", "skim_decoder"):
+        for name in ("skim_hook", "skim_last_hook"):
+            if hasattr(module, name):
+                getattr(module, name).remove()
+        for name in ("skim_state", "skim_hook", "skim_last_hook", "skim_decoder"):
             if hasattr(module, name):
                 delattr(module, name)
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -66,6 +66,16 @@ class State:
         return self.config.fewest if self.mode == "sparse" else None
 
 
+class Waiting(NamedTuple):
+    """A layer whose new index keys are yet to be made: where they go, and what they are made of."""
+
+    layer: int
+    target: Any  # of the cache
+    indexer: LightningIndexer
+    hidden: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+
+
 @dataclass
 class Forward:
     """One forward pass: the settings in force when it began, so that a checkpointed layer run again in the backward
@@ -74,6 +84,7 @@ class Forward:
 
     `tied`: the base model takes gradients too, so a layer's alignment loss is tied to its output; otherwise the
     indexer's gradients are made at once. `unaveraged`: DistributedDataParallel doesn't know of a backward pass to come.
+    `waiting`: layers whose index keys nothing reads in this pass; they are made together. `room`: bytes of inputs that may wait yet.
     """
 
     config: Config
@@ -87,6 +98,8 @@ class Forward:
     unaveraged: bool
     selections: dict[tuple[int, int], Selection] = field(default_factory=dict)  # by layer and first query
     inputs: dict[int, tuple[LightningIndexer, tuple[Any, ...]]] = field(default_factory=dict)
+    waiting: list[Waiting] = field(default_factory=list)
+    room: int = 0
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from skim.modules.rope import frequencies, rotate
 from skim.ops import codec, select
+from skim.ops.codec.reference import layer_norm
 from skim.ops.workspace import accumulator
 from skim.selection import Selection
 
@@ -81,7 +83,7 @@ class LightningIndexer(nn.Module):
         self.k_norm.reset_parameters()
 
     def forward(
-        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], q_latent: Tensor | None = None, keys_only: bool = False
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], q_latent: Tensor | None = None, reads: str | None = None
     ) -> IndexTensors:
         """Index tensors of `hidden` `[B, T, hidden_size]`.
 
@@ -89,24 +91,30 @@ class LightningIndexer(nn.Module):
             hidden: the attention's input, behind its layer norm.
             position_embeddings: cos and sin `[B, T, n]`, the model's own.
             q_latent: `[B, T, query_size]` normalised query latent of an MLA model.
-            keys_only: nothing is selected now, so q and weights stay empty, `[B, 0, ...]`.
+            reads: None makes what training needs. To read with, k is as a cache holds it (`cached`) and has no gradients: "sparse" makes
+                all three; "dense" selects nothing, so q and weights stay empty, `[B, 0, ...]`.
         """
         B, T, _ = hidden.shape
-        cos, sin = (frequencies(table, self.rope_dim, self.repeated_table).expand(B, -1, -1) for table in position_embeddings)
-        # The weights are float32 while they train under a bf16 model; autocast casts by itself.
-        own = hidden.dtype if torch.is_autocast_enabled(hidden.device.type) else self.wk.weight.dtype
-        k = self.wk(hidden.to(own))
-        wide, norm, dtype = accumulator(hidden.dtype), self.k_norm, k.dtype
-        with torch.autocast(hidden.device.type, enabled=False):
-            k = F.layer_norm(k.to(wide), (self.head_dim,), norm.weight.to(wide), norm.bias.to(wide), norm.eps).to(dtype)
-        k = rotate(k, cos, sin, self.rope_layout)
-        if keys_only:
-            return IndexTensors(k.new_empty(B, 0, self.n_heads, self.head_dim), k, hidden.new_empty(B, 0, self.n_heads, dtype=wide))
+        if reads is not None:
+            k = cached_keys([self], [hidden], position_embeddings)[0]
+            if reads == "dense":
+                return IndexTensors(hidden.new_empty(B, 0, self.n_heads, self.head_dim), k, hidden.new_empty(B, 0, self.n_heads))
+        cos, sin = self._angles(position_embeddings, B)
+        own = _own(hidden, self.wk.weight)
         q = self.wq_b((hidden if q_latent is None else q_latent).to(own)).view(B, T, self.n_heads, self.head_dim)
         with torch.autocast(hidden.device.type, enabled=False):
-            # Small signed numbers that are summed over the heads: bf16 here costs recall (spec section 1.2).
-            weights = F.linear(hidden.to(wide), self.weights_proj.weight.to(wide))
-        return IndexTensors(rotate(q, cos, sin, self.rope_layout), k, weights)
+            weights = _in_float32(hidden, self.weights_proj.weight)
+        if reads is not None:
+            return IndexTensors(codec.rotate(q, cos, sin, layout=self.rope_layout), k, weights)
+        k, norm = self.wk(hidden.to(own)), self.k_norm
+        with torch.autocast(hidden.device.type, enabled=False):
+            k = layer_norm(k, norm.weight, norm.bias, norm.eps)
+        return IndexTensors(rotate(q, cos, sin, self.rope_layout), rotate(k, cos, sin, self.rope_layout), weights)
+
+    def _angles(self, position_embeddings: tuple[Tensor, Tensor], B: int) -> tuple[Tensor, Tensor]:
+        """cos and sin `[B, T, rope_dim / 2]` of the channels that are rotated."""
+        cos, sin = (frequencies(table, self.rope_dim, self.repeated_table).expand(B, -1, -1) for table in position_embeddings)
+        return cos, sin
 
     def cached(self, k: Tensor) -> Tensor:
         """What a cache holds of the index keys `[B, T, E]`: themselves, or `[B, T, E + 4]` bytes of FP8 (`codec.pack`)."""
@@ -114,7 +122,7 @@ class LightningIndexer(nn.Module):
 
     def quantised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x `[..., E]` in FP8 as it is scored: e4m3 values and scales, after a Hadamard rotation."""
-        return codec.quantise(codec.hadamard(x), scale_format=self.scale_format)
+        return codec.quantise(x, scale_format=self.scale_format, spread=True)
 
     def select(
         self,
@@ -132,11 +140,52 @@ class LightningIndexer(nn.Module):
         workspace_mb: int | None = None,
     ) -> Selection:
         """`skim.select` over `cached` keys `[B, S, ...]`, with the queries brought to the same precision."""
-        queries: Tensor | tuple[Tensor, Tensor] = q
-        keys: Tensor | tuple[Tensor, Tensor] = cached
-        if self.score_dtype == "fp8":
-            queries, keys = self.quantised(q), codec.unpack(cached)
+        queries = self.quantised(q) if self.score_dtype == "fp8" else q
         options: dict[str, Any] = {"keep_first": keep_first, "keep_recent": keep_recent, "mass": mass, "min_budget": min_budget}
-        selection = select(queries, keys, weights, budget, start=start, end=end, workspace_mb=workspace_mb, **options)
+        selection = select(queries, cached, weights, budget, start=start, end=end, workspace_mb=workspace_mb, **options)
         assert isinstance(selection, Selection)
         return selection
+
+
+@torch.no_grad()
+def cached_keys(indexers: Sequence[LightningIndexer], hidden: Sequence[Tensor], position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """What caches hold of the index keys of L layers, `[L, B, T, ...]`: the same for any L, in as many operations.
+
+    Args:
+        indexers: of the layers, all of one shape, dtype and device.
+        hidden: the layers' inputs, `[B, T, hidden_size]` each.
+        position_embeddings: cos and sin `[B, T, n]`, the same for all.
+    """
+    one, norms, (B, T, _) = indexers[0], [indexer.k_norm for indexer in indexers], hidden[0].shape
+    x, weight = _stacked(hidden), _stacked([indexer.wk.weight for indexer in indexers])
+    projected = torch.bmm(x.to(_own(x, weight)).flatten(1, 2), weight.mT).unflatten(1, (B, T))
+    return codec.index_keys(
+        projected,
+        _stacked([norm.weight for norm in norms]),
+        _stacked([norm.bias for norm in norms]),
+        norms[0].eps,
+        *one._angles(position_embeddings, B),
+        layout=one.rope_layout,
+        scale_format=one.scale_format if one.score_dtype == "fp8" else None,
+    )
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors along a new first axis, without a copy of a single one."""
+    return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0][None]
+
+
+def _own(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What x is cast to for a product: weights are float32 while they train under a bf16 model; autocast casts by itself."""
+    return x.dtype if torch.is_autocast_enabled(x.device.type) else weight.dtype
+
+
+def _in_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """x `[B, T, C]` times weight `[J, C]`, in float32 at least.
+
+    Small signed numbers that are summed over the heads: bf16 here costs recall (spec section 1.2).
+    """
+    wide = accumulator(x.dtype)
+    if x.is_cuda and x.dtype == weight.dtype != wide and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return torch.mm(x.flatten(0, 1), weight.T, out_dtype=wide).unflatten(0, x.shape[:2])  # the same without copies
+    return F.linear(x.to(wide), weight.to(wide))

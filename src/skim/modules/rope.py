@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from skim.ops.codec.reference import rotate
+
+__all__ = ["frequencies", "rotate"]
 
 
 def frequencies(table: Tensor, rope_dim: int, repeated: bool = False) -> Tensor:
@@ -25,22 +28,3 @@ def frequencies(table: Tensor, rope_dim: int, repeated: bool = False) -> Tensor:
         raise ValueError(f"rope_dim: expected a divisor of the {n} channels that the model rotates, got {rope_dim}")
     own = table[..., ::2] if repeated else table[..., : n // 2]
     return own[..., :: n // rope_dim]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
-    """x `[B, T, ..., E]` with its first `2 * cos.shape[-1]` channels rotated by cos, sin `[B, T, rope_dim / 2]`.
-
-    layout "half" pairs channel i with i + rope_dim / 2 (DeepSeek-V3.2's indexer), "interleaved" 2i with 2i + 1 (GLM-5's).
-    """
-    half = cos.shape[-1]
-    shape = (*cos.shape[:2], *(1 for _ in range(x.dim() - 3)), half)
-    cos, sin = cos.view(shape), sin.view(shape)
-    # split and unbind: their gradients are one copy, those of slices one each and their sum
-    turned, rest = x.split((2 * half, x.shape[-1] - 2 * half), dim=-1)
-    if layout == "half":
-        a, b = turned.split(half, dim=-1)
-        parts = [a * cos - b * sin, b * cos + a * sin]
-    else:
-        a, b = turned.unflatten(-1, (half, 2)).unbind(-1)
-        parts = [torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)]
-    return torch.cat((*parts, rest), dim=-1).to(x.dtype)
