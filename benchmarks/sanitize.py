@@ -1,73 +1,356 @@
-"""Launches every Triton kernel at small sizes, for compute-sanitizer.
+"""Launches every kernel at small sizes, and sees what compute-sanitizer says of it.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+    python benchmarks/sanitize.py --json benchmarks/results/h100-sanitizer.json
 
-and the same with racecheck, initcheck and synccheck. Without PyTorch's caching allocator each tensor is an allocation of
-its own, so that a step outside of it is seen.
+runs itself with `--run` once as it is, which compiles the kernels, and then under each of compute-sanitizer's tools, all at
+the same time:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py --run
+
+Without PyTorch's caching allocator each tensor is an allocation of its own, so that a step outside of it is seen, and memory
+that nothing wrote is not another tensor's. PyTorch's kernels are checked like Skim's, because initcheck must see them write;
+what is reported of them is listed and does not count. Without a GPU `--run` launches what Triton's interpreter can
+(TRITON_INTERPRET=1), in float32.
 """
 
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 import skim
-from skim.ops.codec import dequantise, hadamard, quantise
+from skim.bench.gather import ROWS, WIDTH, gather
+from skim.bench.runner import machine
+from skim.ops import codec, dispatch
 
-attention, selection, unions = (import_module(f"skim.ops.{name}") for name in ("attend.triton", "select.triton", "attend.union"))
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+MARK = "launched: "
+LIMIT = 900  # seconds that a tool may take
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = DEVICE.type == "cuda"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32) if GPU else (torch.float32,)  # the interpreter gets bfloat16 wrong
 OPTIONS = {"impl": "triton"}
 
-
-def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def backward(*outputs: torch.Tensor) -> None:
-    sum(x.float().sum() for x in outputs).backward()
+attention, hopper, unions, selecting, scoring = (
+    import_module(f"skim.ops.{name}") for name in ("attend.triton", "attend.hopper", "attend.union", "select.triton", "score.triton")
+)
 
 
-def scores_and_selections() -> None:
-    for J, E, fp8 in ((4, 64, False), (8, 64, True), (3, 48, False)):
-        q, k, w = draw(2, 37, J, E), draw(2, 700, E), draw(2, 37, J)
-        index = (quantise(q, **OPTIONS), quantise(k, **OPTIONS), w) if fp8 else (q, k, w)
-        skim.ops.index_scores(*index, **OPTIONS)
-        skim.select(*index, 60, keep_first=2, keep_recent=3, with_scores=True, **OPTIONS)
-        skim.select(index[0], index[1], index[2], 900, **OPTIONS)
-        one = tuple(x[:, -1:].contiguous() for x in index[0]) if fp8 else index[0][:, -1:].contiguous()
-        skim.select(one, index[1], w[:, -1:].contiguous(), 60, **OPTIONS)
-    leaves = [x.requires_grad_() for x in (draw(1, 20, 4, 32), draw(1, 50, 32), draw(1, 20, 4))]
-    backward(skim.ops.index_scores(*leaves, **OPTIONS).clamp(min=-1e3))
-    dequantise(*quantise(draw(5, 70), **OPTIONS), **OPTIONS)
-    hadamard(draw(5, 64), **OPTIONS)
-    rows = torch.randn(5, 30000, device="cuda").round()  # plateaus
-    interval = torch.zeros(5, dtype=torch.int32, device="cuda"), torch.full((5,), 30000, dtype=torch.int32, device="cuda")
-    selection.top_k(rows, *interval, 100)
-    selection.top_k(torch.full_like(rows, torch.nan), *interval, 100)  # flagged, so done again
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-def attentions() -> None:
-    for H, G, D, tile in ((12, 3, 64, True), (4, 2, 96, False), (16, 1, 128, True)):
-        attention.processors = lambda device, full=tile: 1 if full else 10_000  # either queries share unions, or keys are split
-        T, S, K = (50, 130, 40) if tile else (3, 3000, 2000)
-        indices = torch.rand(2, T, 1, S, device="cuda").topk(K, sorted=False).indices.to(torch.int32)
-        indices[:, ::7] = -1
-        near = indices[:, :1].expand_as(indices).contiguous()
-        for chosen in (indices, near):
-            for exact in (False, True):
-                torch.use_deterministic_algorithms(exact)
-                leaves = [x.requires_grad_() for x in (draw(2, T, H, D), draw(2, S, G, D), draw(2, S, G, D), draw(H))]
-                backward(skim.attend(*leaves[:3], indices=chosen, sink=leaves[3], **OPTIONS)[0])
-                index = [x.requires_grad_() for x in (draw(2, T, 4, 32), draw(2, S, 32), draw(2, T, 4))]
-                q, k = leaves[0].detach(), leaves[1].detach()
-                backward(skim.align(q, k, *index, selection=skim.Selection.from_indices(chosen), **OPTIONS))
-                backward(skim.align(q, k, *index, **OPTIONS))
+def leaves(*shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    return [draw(*shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def interval(B: int, T: int, S: int) -> dict[str, Tensor]:
+    """Every query sees all keys but the first two."""
+    return {name: torch.full((B, T), value, dtype=torch.int32, device=DEVICE) for name, value in (("start", 2), ("end", S))}
+
+
+def random_indices(B: int, T: int, K: int, S: int, alike: bool) -> Tensor:
+    """int32 `[B, T, 1, K]` with empty rows; `alike` rows share one selection."""
+    order = torch.rand(B, 1 if alike else T, 1, S, device=DEVICE).argsort(-1)[..., :K].to(torch.int32).repeat(1, T if alike else 1, 1, 1)
+    return order.index_fill(1, torch.arange(0, T, 7, device=DEVICE), -1)
+
+
+def backward(*outputs: Tensor) -> None:
+    sum(x.float().sum() for x in outputs).backward()  # type: ignore[union-attr]
+
+
+def processors(count: int) -> contextlib.ExitStack:
+    """A card of so many processors: of few, queries share unions; of many, keys are split."""
+    stack = contextlib.ExitStack()
+    for module in (attention, hopper, unions):
+        stack.enter_context(mock.patch.object(module, "processors", lambda device: count))
+    return stack
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else initcheck would find nothing
+    try:
+        yield
+    finally:
         torch.use_deterministic_algorithms(False)
-        leaves = [x.requires_grad_() for x in (draw(2, T, H, D), draw(2, S, G, D), draw(2, S, G, D))]
-        backward(skim.attend_dense(*leaves, **OPTIONS)[0])
 
 
-torch.manual_seed(0)
-selection.SAMPLE, selection.CAPACITY, selection.ROOM = 64, 32, 0
-scores_and_selections()
-attentions()
-torch.cuda.synchronize()
-print("launched every kernel")
+def codecs() -> None:
+    x = draw(2, 9, 4, 32, dtype=DTYPES[-1])
+    angles = draw(2, 9, 8), draw(2, 9, 8)
+    for scale_format in ("float32", "ue8m0"):
+        codec.dequantise(*codec.quantise(x, scale_format=scale_format, **OPTIONS), **OPTIONS)
+        codec.quantise(x, scale_format=scale_format, spread=True, **OPTIONS)
+    codec.hadamard(x, **OPTIONS)
+    for layout, held in (("half", None), ("interleaved", "ue8m0")):
+        codec.rotate(x, *angles, layout=layout, **OPTIONS)
+        codec.index_keys(draw(3, 2, 9, 32, dtype=x.dtype), draw(3, 32), draw(3, 32), 1e-6, *angles, layout=layout, scale_format=held, **OPTIONS)
+
+
+def in_pages(keys: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """A pool of FP8 pages in reverse order, and the block table of keys `[B, S, E]`."""
+    pages = codec.pack_pages(*codec.quantise(keys), page).flatten(0, 1).flip(0).contiguous()
+    table = torch.arange(len(pages) - 1, -1, -1, dtype=torch.int32, device=DEVICE)
+    return pages, table.view(len(keys), -1)
+
+
+def scores() -> None:
+    T, S = (21, 300) if GPU else (5, 90)
+    for J, E in ((4, 64), (3, 48), (64, 128)) if GPU else ((3, 48),):
+        for dtype in DTYPES:
+            index = draw(2, T, J, E, dtype=dtype), draw(2, S, E, dtype=dtype), draw(2, T, J)
+            skim.ops.index_scores(*index, **OPTIONS)
+        q, weights = codec.quantise(index[0]), index[2]
+        pages, table = in_pages(index[1], 16)
+        for keys, more in ((codec.quantise(index[1]), {}), (codec.pack(*codec.quantise(index[1])), {}), (pages, {"block_table": table})):
+            skim.ops.index_scores(q, keys, weights, **interval(2, T, S), **more, **OPTIONS)  # type: ignore[arg-type]
+    backward(skim.ops.index_scores(*leaves((1, 20, 4, 32), (1, 40, 32), (1, 20, 4), dtype=DTYPES[0]), **OPTIONS).clamp(min=-1e3))
+
+
+def selections() -> None:
+    """Rows that are sampled and rows that are not, kept whole, split over programs, done again, narrowed, and in pages."""
+    T, S, K = (21, 900, 30) if GPU else (1, 400, 9)
+    small = {"SAMPLE": 64, "CAPACITY": 32, "ROOM": 0, "PROGRAMS": 4, "SPLIT": 64}  # short rows then go the way of long ones
+    for dtype in DTYPES:
+        q, keys, weights = draw(2, T, 4, 32, dtype=dtype), draw(2, S, 32, dtype=dtype), draw(2, T, 4)
+        kept = {"keep_first": 2, "keep_recent": 3, "with_scores": True}
+        with mock.patch.multiple(selecting, **small):
+            skim.select(q, keys, weights, K, mass=0.5, **kept, **OPTIONS)  # type: ignore[arg-type]
+        if GPU:
+            skim.select(q, keys, weights, 900, **OPTIONS)
+            skim.select(q, keys, weights, 60, **OPTIONS)
+    q8, keys8 = codec.quantise(q), codec.quantise(keys)
+    pages, table = in_pages(keys, 16)
+    with mock.patch.multiple(selecting, **small):
+        for held, more in ((pages, {"block_table": table}), (keys8, {}), (codec.pack(*keys8), {}))[: 3 if GPU else 1]:
+            some = tuple(x[:, -1:].contiguous() for x in q8)
+            skim.select(some, held, weights[:, -1:].contiguous(), K, **interval(2, 1, S), **more, **OPTIONS)  # type: ignore[arg-type]
+        skim.select(q[:, :1], torch.full_like(keys, torch.nan), weights[:, :1].contiguous(), K, **OPTIONS)
+
+
+def ranked() -> None:
+    """Scores that are there already: at the sizes of real rows on a GPU."""
+    S, K = (30_000, 100) if GPU else (1_000, 20)
+    rows = draw(3, S).mul(4).round()  # plateaus
+    bounds = (x[0] for x in interval(1, 3, S).values())
+    start, end = bounds
+    with mock.patch.multiple(selecting, CAPACITY=64, ROOM=0):
+        selecting.top_k(rows, start, end, K)
+        selecting.top_k(torch.full_like(rows, torch.nan), start, end, K)  # flagged, so done again
+
+
+def attended(shape: tuple[int, int, int], T: int, S: int, K: int, *, alike: bool, mla: bool = False) -> None:
+    """Forward and backward over selections, a sink among them: `[H, G, D]`, T queries of K of S keys."""
+    H, G, D = shape
+    for dtype in DTYPES:
+        indices = random_indices(2, T, K, S, alike)
+        q, k, v = leaves((2, T, H, D), (2, S, G, D), (2, S, G, D), dtype=dtype)
+        sink = draw(H).requires_grad_()
+        values: dict[str, Any] = {"v_channels": D // 2} if mla else {"v": v}
+        backward(*skim.attend(q, k, indices=indices, sink=sink, **values, **OPTIONS))
+
+
+def shared() -> None:
+    """Neighbours that share unions."""
+    T, S, K = (40, 90, 20) if GPU else (16, 24, 4)
+    with processors(1):
+        for alike in (False, True) if GPU else (False,):
+            attended((12, 3, 64) if GPU else (4, 2, 16), T, S, K, alike=alike)
+            if GPU:
+                with deterministic():
+                    attended((6, 2, 16), T, S, K, alike=alike)
+
+
+def alone() -> None:
+    """A query at a time, one key after the other or split over programs."""
+    with processors(10_000):
+        attended((4, 2, 96) if GPU else (2, 1, 16), 3, 90, 40 if GPU else 8, alike=False)
+        attended((16, 1, 64) if GPU else (2, 1, 16), 2, 1500 if GPU else 560, 1000 if GPU else 520, alike=False, mla=True)
+        with deterministic():
+            attended((4, 2, 32) if GPU else (2, 1, 16), 3, 90, 40 if GPU else 8, alike=False)
+
+
+def dense() -> None:
+    for count in (1, 10_000):
+        with processors(count):
+            T, S, H, G = (40 if count == 1 else 2, 600, 6, 2) if GPU else (9 if count == 1 else 1, 20 if count == 1 else 140, 2, 1)
+            for dtype in DTYPES:
+                backward(*skim.attend_dense(*leaves((1, T, H, 32), (1, S, G, 32), (1, S, G, 32), dtype=dtype), **OPTIONS))
+            with deterministic():
+                backward(*skim.attend_dense(*leaves((1, T, H, 32), (1, S, 1, 32), dtype=DTYPES[-1]), v_channels=16, **OPTIONS))
+
+
+def latents_of(S: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`[1, S, 576]`, and the same in the 656 bytes of the FP8 cache."""
+    x = draw(1, S, 576)
+    values, scale = codec.quantise(x[..., :512].unflatten(-1, (4, 128)))
+    return x.to(dtype), codec.pack_latent(values.flatten(-2), scale, x[..., 512:].to(torch.bfloat16))
+
+
+def latents() -> None:
+    T, S, H = (34, 200, 64) if GPU else (2, 40, 4)
+    indices = random_indices(1, T, 30, S, alike=False)
+    for dtype in DTYPES[:2]:
+        for held in latents_of(S, dtype):
+            skim.attend(draw(1, T, H, 576, dtype=dtype), held[:, :, None], indices=indices, v_channels=512, scale=0.05, **OPTIONS)
+
+
+def gluon() -> None:
+    """The kernels of sm_90: the heads of one query, or neighbours that share a union; many tasks a program, or walks that are split."""
+    for H, sink, T, count in ((128, None, 40, 4), (16, draw(16), 40, 4), (20, None, 40, 4), (128, draw(128), 2, 132), (16, None, 2, 132)):
+        q, indices = draw(1, T, H, 576, dtype=torch.bfloat16), random_indices(1, T, 500, 600, alike=False)
+        with processors(count):
+            for held in latents_of(600, q.dtype):
+                options: dict[str, Any] = {"v_channels": 512, "scale": 0.05, "sink": sink, "impl": "hopper"}
+                skim.attend(q, held[:, :, None], indices=indices, **options)
+                skim.attend_dense(q, held[:, :, None], **options)
+
+
+def aligned() -> None:
+    T, S, H, G = (21, 80, 9, 3) if GPU else (6, 20, 4, 2)
+    for dtype in DTYPES:
+        q, keys = draw(1, T, H, 64, dtype=dtype), draw(1, S, G, 64, dtype=dtype)
+        chosen = skim.Selection.from_indices(random_indices(1, T, 10, S, alike=False))
+        for selection in (None, chosen):
+            index = leaves((1, T, 4, 32), (1, S, 32), (1, T, 4), dtype=dtype)
+            backward(skim.align(q, keys, *index, selection=selection, **interval(1, T, S), **OPTIONS))
+            with deterministic():
+                backward(skim.align(q, keys, *index, selection=selection, **interval(1, T, S), **OPTIONS))
+
+
+def gathered() -> None:
+    gather(draw(50, WIDTH, dtype=DTYPES[0]), torch.randint(0, 50, (2, ROWS), dtype=torch.int32, device=DEVICE))
+
+
+CASES: tuple[Callable[[], None], ...] = (codecs, scores, selections, ranked, shared, alone, dense, latents, gluon, aligned, gathered)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[set[str]]:
+    """Within it the names of launched kernels are collected, as "attend.kernels.forward"."""
+    names: set[str] = set()
+    kind = next(base for base in type(unions.unite).__mro__ if "__getitem__" in vars(base))
+    launch = kind.__getitem__
+
+    def launched(kernel: Any, grid: Any) -> Any:
+        names.add(f"{kernel.fn.__module__.removeprefix('skim.').removeprefix('ops.')}.{kernel.fn.__name__}")
+        return launch(kernel, grid)
+
+    with mock.patch.object(kind, "__getitem__", launched):
+        yield names
+
+
+def run(cases: list[str]) -> None:
+    """Launch the kernels of these cases, or of all, and print their names behind MARK."""
+    torch.manual_seed(0)
+    without = dispatch._without_hopper(DEVICE.type, DEVICE.index)
+    with watched() as names:
+        for case in CASES:
+            if (cases and case.__name__ not in cases) or (case is gluon and without):
+                continue
+            began = time.perf_counter()
+            case()
+            if GPU:
+                torch.cuda.synchronize()
+            print(f"{case.__name__}: {time.perf_counter() - began:.1f} s", flush=True)
+    print(MARK + " ".join(sorted(names)))
+
+
+def reports(output: str) -> Counter[str]:
+    """How many errors or hazards of each kernel compute-sanitizer's output names; "" is what it names no kernel for."""
+    found: Counter[str] = Counter()
+    begin = r"^========= (?=(?:Error|Warning|Invalid|Misaligned|Uninitialized|Barrier|Program hit|Out-of|Divergent|Missing|Unsupported)\b)"
+    for block in re.split(begin, output, flags=re.M)[1:]:
+        place = re.search(r"\bat (?:0x[0-9a-f]+ in )?(.+?)\+0x[0-9a-f]+", block)
+        found[re.split(r"[(<]", place[1])[0].split()[-1] if place else ""] += 1
+    return found
+
+
+def summary(output: str, code: int) -> dict[str, Any]:
+    """Errors by kernel, of Skim's kernels and of others; clean if every kernel was launched and nothing is wrong but with others."""
+    launched = re.search(f"^{MARK}(.*)$", output, flags=re.M)
+    ours = {name.rpartition(".")[2] for name in launched[1].split()} if launched else set()
+    found = reports(output)
+    mine = {name: count for name, count in found.items() if name in ours or not name}
+    others = {name: count for name, count in found.items() if name not in mine}
+    clean = launched is not None and not mine and (code == 0 or bool(others))
+    return {"clean": clean, "exit": code, "errors": mine, "of_others": others, "output": "" if clean else output[-4000:]}
+
+
+def check(commands: dict[str, list[str]], environment: dict[str, str]) -> dict[str, Any]:
+    """Run the tools at the same time; what each says."""
+    began, results = time.perf_counter(), {}
+
+    def one(tool: str) -> None:
+        try:
+            ended = subprocess.run(
+                commands[tool], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT, check=False
+            )
+            found = summary(ended.stdout, ended.returncode)
+        except subprocess.TimeoutExpired as error:
+            found = summary((error.stdout or b"").decode(), -1)
+        results[tool] = {**found, "seconds": round(time.perf_counter() - began, 1)}
+
+    with ThreadPoolExecutor(len(commands)) as threads:
+        list(threads.map(one, commands))
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", action="store_true", help="only launch the kernels")
+    parser.add_argument("--cases", nargs="+", choices=[case.__name__ for case in CASES], default=[], help="all if not given")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--json", type=Path, help="write results here")
+    args = parser.parse_args()
+    if args.run:
+        return run(args.cases)
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None or not GPU:
+        sys.exit("expected an NVIDIA GPU and compute-sanitizer, which comes with the CUDA toolkit")
+    again = [sys.executable, __file__, "--run", *(["--cases", *args.cases] if args.cases else [])]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    plain = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
+    if plain.returncode:
+        sys.exit(f"without compute-sanitizer:\n{plain.stdout}{plain.stderr}")
+    launched = plain.stdout.rpartition(MARK)[2].split()
+    # PyTorch asks the driver what may fail, and handles it: only what kernels do is an error.
+    options = ["--error-exitcode", "1", "--report-api-errors", "no", "--show-backtrace", "no", "--print-limit", "1000"]
+    commands = {tool: [sanitizer, "--tool", tool, *options, *again] for tool in args.tools}
+    results = check(commands, environment)
+    version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
+    for tool, result in results.items():
+        print(f"{tool}: {'clean' if result['clean'] else result['errors'] or 'did not end'}, {result['seconds']} s, of others: {result['of_others']}")
+    if args.json:
+        write(args.json, {**machine(DEVICE), "sanitizer": version, "kernels": launched, "tools": results})
+    sys.exit(not all(result["clean"] for result in results.values()))
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    main()

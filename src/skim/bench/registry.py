@@ -66,6 +66,7 @@ class Problem:
         stages: what it has to do at least.
         baselines: what it is compared with, of the same inputs.
         dense: what dense attention has to do, if that is what it is compared with.
+        tuned: what the baseline has to do, if it is the same operator at another shape: they are compared by time for an operation.
     """
 
     inputs: list[Any]
@@ -73,6 +74,7 @@ class Problem:
     stages: list[Stage]
     baselines: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     dense: Stage | None = None
+    tuned: Stage | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Case:
         device: "cuda" or "cpu".
         graphs: whether it is also measured as CUDA graphs.
         threads: of a CPU.
+        seconds: about how long a figure's repetitions last.
     """
 
     id: str
@@ -100,6 +103,7 @@ class Case:
     device: str = "cuda"
     graphs: bool = False
     threads: int | None = None
+    seconds: float = 1.0
 
 
 CASES: dict[str, Case] = {}
@@ -496,6 +500,38 @@ def select_bf16(s: Setting) -> Problem:
     budget = s.size(512, s.n // 4)
     inputs = [s.index(s.n, budget, 4, 64, seed) for seed in range(SETS)]
     return Problem(inputs, lambda x: select(x.q, x.k, x.weights, budget), [indexer_stage(COMMON, visible_pairs(s.n, s.n), False)])
+
+
+@case("select-cached", (131072,), kinds=("decode rows", "decode pages", "prefill rows", "prefill pages"))
+def select_cached(s: Setting) -> Problem:
+    """`select` from the bytes of an FP8 cache, J=64, E=128, K=2048: 8 queries in 8 texts or 4096 in one; against unpacking all keys first."""
+    step, form = s.kind.split()
+    B, T = (s.size(8, 2), 1) if step == "decode" else (1, s.size(4096, s.n // 4))
+    J, E, budget, page = s.size(64, 4), s.size(128, 32), s.size(2048, s.n // 4), s.size(64, 16)
+    end = torch.arange(s.n - T + 1, s.n + 1, dtype=torch.int32, device=s.device).expand(B, T).contiguous()
+    start = torch.zeros_like(end)
+    table = torch.arange(B * s.n // page, dtype=torch.int32, device=s.device).flip(0).view(B, -1)
+
+    class Step(NamedTuple):
+        q: tuple[Tensor, Tensor]
+        packed: Tensor
+        weights: Tensor
+
+    def draw(seed: int) -> Step:
+        q, keys = codec.quantise(s.draw(B, T, J, E, seed=10 * seed)), codec.quantise(s.draw(B, s.n, E, seed=10 * seed + 1))
+        packed = codec.pack(*keys) if form == "rows" else codec.pack_pages(*keys, page).flatten(0, 1)
+        return Step(q, packed, s.draw(B, T, J, seed=10 * seed + 2))
+
+    def unpacked(x: Step) -> Any:
+        keys = codec.unpack(x.packed) if form == "rows" else codec.unpack_pages(x.packed[table.long()], page)
+        return select(x.q, keys, x.weights, budget, start=start, end=end)
+
+    def run(x: Step) -> Any:
+        return select(x.q, x.packed, x.weights, budget, start=start, end=end, block_table=None if form == "rows" else table)
+
+    pairs = B * visible_pairs(T, s.n)
+    stage = Stage("indexer", "2 J E sum_t t", fp8_flops=2 * J * E * pairs, moved=B * s.n * (E + codec.SCALE_BYTES))
+    return Problem([draw(seed) for seed in range(SETS)], run, [stage], {"unpacked first": unpacked})
 
 
 @case("index-scores", (8192, 32768), kinds=("-",))

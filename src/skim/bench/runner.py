@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from skim.bench import shapes  # noqa: F401  its case is in the registry
 from skim.bench.measure import measure
-from skim.bench.registry import CASES, Case, Problem, Setting
+from skim.bench.registry import CASES, Case, Setting
 from skim.bench.roofs import Roofs, measured_roofs
 from skim.bench.selections import KINDS
 from skim.ops import dispatch
@@ -81,6 +82,9 @@ def run(
         for row in _whole_model(name, where, quick, report) if name in MODELS else _case(CASES[name], where, quick, result["roofs"]):
             rows.append({"case": name, **row})
             report(line(rows[-1]))
+        compared = [row["per_operation"] for row in rows if row["case"] == name and "per_operation" in row]
+        if compared:
+            report(f"{name}: at worst {max(compared):.2f} of a tuned shape's time for an operation")
     if model:
         for row in _model_rows(model, tokens or TOKENS, where, quick, ("prefill", "hooks", "decode"), report):
             rows.append({"case": model, **row})
@@ -127,7 +131,10 @@ def line(row: dict[str, Any]) -> str:
         parts.append(f"peak {row['peak_mib']:,.0f} MiB")
     if row.get("baseline"):
         parts.append(f"{row['baseline']} {row['baseline_ms']:.3f} ms")
-        parts.append(f"{row['overhead']:+.1%}" if "overhead" in row else f"{row['ratio']:.2f} times as fast")
+        if "per_operation" in row:
+            parts.append(f"{row['per_operation']:.2f} of its time for an operation")
+        else:
+            parts.append(f"{row['overhead']:+.1%}" if "overhead" in row else f"{row['ratio']:.2f} times as fast")
     return f"{head}: {', '.join(parts)}"
 
 
@@ -169,14 +176,14 @@ def _case(case: Case, where: torch.device, quick: bool, roofs: dict[str, Any]) -
             for mode in ("eager", "graph") if case.graphs and device.type == "cuda" else ("eager",):
                 head = {"kind": kind, "n": n, "mode": mode, "on": device.type}
                 with _threads(case.threads), _on(device):
-                    yield {**head, **_attempt(lambda s=setting, m=mode: _measured(case.build(s), s, m, Roofs(**roofs[device.type])))}  # type: ignore[misc]
+                    yield {**head, **_attempt(lambda s=setting, m=mode: _measured(case, s, m, Roofs(**roofs[device.type])))}  # type: ignore[misc]
                 _release()
 
 
-def _measured(problem: Problem, s: Setting, mode: str, roofs: Roofs) -> dict[str, Any]:
+def _measured(case: Case, s: Setting, mode: str, roofs: Roofs) -> dict[str, Any]:
     """A row: the operation and its baselines."""
-    graph = mode == "graph"
-    seconds = 0.0 if s.quick else 1.0
+    problem, graph = case.build(s), mode == "graph"
+    seconds = 0.0 if s.quick else case.seconds
     took = measure(problem.run, problem.inputs, s.device, graph=graph, seconds=seconds)
     compared = {}
     for name, baseline in problem.baselines.items():
@@ -188,7 +195,7 @@ def _measured(problem: Problem, s: Setting, mode: str, roofs: Roofs) -> dict[str
     moved = sum(stage.moved + stage.gathered for stage in problem.stages)
     least = sum(stage.seconds(roofs) for stage in problem.stages)
     compute = sum(stage.flops / roofs.matmul + stage.fp8_flops / (roofs.fp8 or roofs.matmul) for stage in problem.stages)
-    stages = [*problem.stages, *([problem.dense] if problem.dense else [])]
+    stages = [*problem.stages, *(stage for stage in (problem.dense, problem.tuned) if stage)]
     row = {
         **asdict(took),
         "tflops": flops / took.ms / 1e9,
@@ -203,6 +210,8 @@ def _measured(problem: Problem, s: Setting, mode: str, roofs: Roofs) -> dict[str
     if ran:
         best = min(ran, key=lambda name: ran[name])
         row |= {"baseline": best, "baseline_ms": ran[best], "ratio": ran[best] / took.ms}
+        if problem.tuned:
+            row["per_operation"] = took.ms / flops / (ran[best] / problem.tuned.flops)
     return row
 
 
