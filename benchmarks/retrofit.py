@@ -10,7 +10,8 @@ with the same command. `--jobs 'warmup-*,patterns-512'` runs those alone, and fi
 
 Settings are chosen on the selection split. Held-out windows are read for the figures that are reported, by every job
 but the searches for a learning rate. Budgets are shares of the window: 1024, 512, 256 and 128 of 8192 tokens; the sparse
-stage trains at 256. The dense control is trained by the same loop on the same rows with every key read.
+stage trains at 256. The dense control is trained by the same loop on the same rows with every key read. A dense model that is
+distilled from itself has no loss, so the control of the distilled model is the untouched one.
 """
 
 from __future__ import annotations
@@ -51,9 +52,8 @@ Job = Callable[[], Row]
 
 SEEDS = (0, 1, 2)
 LOSSES = ("distill", "lm")
-KINDS = ("sparse", "dense")
+TRAININGS = (("sparse", "distill"), ("sparse", "lm"), ("dense", "lm"))
 RATES = (2e-5, 5e-5, 1e-4)  # of the sparse stage and of the dense control alike
-STILL = (5e-5,)  # a dense model distilled from itself has no loss: nothing but rounding moves it, at any rate
 SHARES = (8, 16, 32, 64)  # budgets are the window over these
 RULES = ("sinks", "window", "blocks")
 WINDOWS_OF_A_DOMAIN = 10  # held-out windows that are read, so that no domain outweighs the others
@@ -194,7 +194,7 @@ class Lab:
     def continued(self, kind: str, loss: str, rate: float, seed: int = 0, pattern: str = "S") -> Path:
         """The folder of a sparse stage behind the warm-up of the same seed, or of the dense control.
 
-        The control reads every key, so its indexers, which go on learning beside it, touch nothing of it.
+        The control reads every key, so its indexers touch nothing of it and are left as they are.
         """
 
         def model() -> Any:
@@ -203,7 +203,8 @@ class Lab:
                 skim.use(made, selector=everything)
             return made
 
-        recipe = self.recipe("sparse", seed=seed, loss=loss, lr=rate, save_every=1_000_000)  # a checkpoint of all parameters takes its time
+        choices = {"seed": seed, "loss": loss, "lr": rate, "train_indexer": kind == "sparse"}
+        recipe = self.recipe("sparse", **choices, save_every=1_000_000)  # a checkpoint of all parameters takes its time
         return self.trained(f"{kind}-{loss}-{rate:g}-{seed}-{pattern}", model, recipe)
 
     def read(self, folder: Path) -> Any:
@@ -214,7 +215,7 @@ class Lab:
 
     def best(self, kind: str, loss: str) -> float:
         """The learning rate that did best on the selection split."""
-        found = {rate: self.result(search(kind, loss, rate))["selection"] for rate in rates(kind, loss)}
+        found = {rate: self.result(search(kind, loss, rate))["selection"] for rate in RATES}
         return min(found, key=lambda rate: found[rate])
 
     def result(self, name: str) -> Row:
@@ -235,18 +236,18 @@ class Lab:
         """The jobs by name, the most important first."""
         most, wide, middle, narrow = self.budgets
         jobs: dict[str, Job] = {"warmup-0": partial(self.warmup, 0), f"patterns-{wide}": partial(self.patterns, wide)}
-        for loss in LOSSES:
-            for kind in KINDS:
-                jobs |= {search(kind, loss, rate): partial(self.search, kind, loss, rate) for rate in rates(kind, loss)}
-                jobs[f"heldout-{kind}-{loss}-0"] = partial(self.heldout, kind, loss, 0)
+        jobs["untouched"] = self.untouched
+        for kind, loss in TRAININGS:
+            jobs |= {search(kind, loss, rate): partial(self.search, kind, loss, rate) for rate in RATES}
+            jobs[f"heldout-{kind}-{loss}-0"] = partial(self.heldout, kind, loss, 0)
         jobs |= {f"patterns-{middle}": partial(self.patterns, middle), "scores": self.scores, "prompts": self.prompts}
         jobs |= {f"agreement-{loss}": partial(self.agreement, loss) for loss in LOSSES}
         jobs |= {f"retrieval-{what}": partial(self.retrieval, what) for what in (*LOSSES, "warmup")}
         jobs |= {"adaptive": self.adaptive, "reuse-4": partial(self.reuse, 4)}
         for seed in SEEDS[1:]:
             jobs |= {f"warmup-{seed}": partial(self.warmup, seed), f"heldout-warmup-{seed}": partial(self.heldout_warmup, seed)}
-        for loss in LOSSES:
-            jobs |= {f"heldout-{kind}-{loss}-{seed}": partial(self.heldout, kind, loss, seed) for seed in SEEDS[1:] for kind in KINDS}
+        for kind, loss in TRAININGS:
+            jobs |= {f"heldout-{kind}-{loss}-{seed}": partial(self.heldout, kind, loss, seed) for seed in SEEDS[1:]}
         jobs |= {f"patterns-{budget}": partial(self.patterns, budget) for budget in (narrow, most)}
         jobs |= {"settings": self.settings, "reuse-2": partial(self.reuse, 2)}
         jobs |= {f"indexer-{heads}x{channels}": partial(self.indexer, heads, channels) for heads, channels in INDEXERS}
@@ -265,6 +266,13 @@ class Lab:
         model = self.read(self.warm())
         windows = self.windows("heldout")[:: len(self.windows("heldout")) // RANDOM_WINDOWS][:RANDOM_WINDOWS]
         return {"rows": measure(model, windows, [self.budgets[2]], ("dense", "random"))} | places(windows)
+
+    def untouched(self) -> Row:
+        """The model as it is, on the selection split; `patterns` jobs have it on the held-out one."""
+        model, windows = copy.deepcopy(self.base[0]), self.windows("selection")
+        attach(model, skim.Config(budget=self.budgets[2]))
+        rows = measure(model, windows, [], ("dense",))
+        return {"selection": float(np.mean(rows[0]["nll"])), "rows": rows} | places(windows)
 
     def search(self, kind: str, loss: str, rate: float) -> Row:
         """One learning rate of the sparse stage or of the dense control, measured on the selection split."""
@@ -308,17 +316,14 @@ class Lab:
 
     def settings(self) -> Row:
         """What can be changed without training: kept tokens, and hybrids of dense, selecting and reusing layers."""
-        model, windows, variants = self.read(self.warm()), self.windows("heldout"), {}
+        model, windows, budget, rows = self.read(self.warm()), self.windows("heldout"), self.budgets[2], list[Row]()
         recent = self.window // FEW
         changes = [{"keep_first": first, "keep_recent": last} for first, last in ((FIRST, 0), (0, recent), (FIRST, recent))]
         changes += [{"pattern": pattern} for pattern in ("FSSS", "SSSF", "SR", "SRRR")]
         for change in changes:
-            for budget in self.budgets[1:]:
-                if sum(value for value in change.values() if isinstance(value, int)) <= budget:
-                    with skim.use(model, budget=budget, **change):
-                        row = measure(model, windows, [budget], ("dsa",))[0]
-                    variants[f"{json.dumps(change)} {budget}"] = {**row, "change": change}
-        return {"rows": list(variants.values())} | places(windows)
+            with skim.use(model, budget=budget, **change):
+                rows.append({**measure(model, windows, [budget], ("dsa",))[0], "change": change})
+        return {"rows": rows} | places(windows)
 
     def indexer(self, heads: int, channels: int) -> Row:
         """Indexers of another size, after a third of the steps."""
@@ -360,27 +365,29 @@ class Lab:
         return {"chats": [{"tokens": tokens, "answer": n} for tokens, n in answers(model, chats)], "texts": texts}
 
     def agreement(self, loss: str) -> Row:
-        """How far the sparse model and its dense control are from the untouched one on chats and short texts."""
+        """How far the sparse model and the dense control that went on learning are from the untouched one on chats and short texts."""
         asked, budget = self.result("prompts"), self.budgets[2]
         prompts = {"chat": [(one["tokens"], one["answer"]) for one in asked["chats"]], "text": [(one, len(one) - 1) for one in asked["texts"]]}
-        found: dict[str, Row] = {kind: {} for kind in KINDS}
-        for kind in KINDS:
-            model = self.read(self.continued(kind, loss, self.best(kind, loss)))
+        found: dict[str, Row] = {}
+        for kind, of in (("sparse", loss), ("dense", "lm")):
+            model = self.read(self.continued(kind, of, self.best(kind, of)))
             with skim.use(model, mode=kind, budget=budget):
-                for what, of in prompts.items():
-                    rows, last = [torch.tensor([tokens]) for tokens, _ in of], [count for _, count in of]
+                for what, asked_of in prompts.items():
+                    rows, last = [torch.tensor([tokens]) for tokens, _ in asked_of], [count for _, count in asked_of]
                     near = agreement(model, self.base[0], rows, last)
-                    found[kind][what] = {"kl": near.kl_by_row, "top1": near.top1_by_row}
+                    found.setdefault(kind, {})[what] = {"kl": near.kl_by_row, "top1": near.top1_by_row}
         return {"budget": budget, **found}
 
     def headline(self) -> str:
         """The loss of the sparse stage that costs least over its own dense control on the selection split."""
-        cost = {}
-        for loss in LOSSES:
-            tried = {kind: [self.out / f"{search(kind, loss, rate)}.json" for rate in rates(kind, loss)] for kind in KINDS}
-            if all(file.exists() for files in tried.values() for file in files):
-                least = {kind: min(json.loads(file.read_text())["selection"] for file in files) for kind, files in tried.items()}
-                cost[loss] = least["sparse"] - least["dense"]
+        least: dict[tuple[str, str], float] = {}
+        for kind, loss in TRAININGS:
+            files = [self.out / f"{search(kind, loss, rate)}.json" for rate in RATES]
+            if all(file.exists() for file in files):
+                least[kind, loss] = min(json.loads(file.read_text())["selection"] for file in files)
+        if (file := self.out / "untouched.json").exists():
+            least["dense", "distill"] = json.loads(file.read_text())["selection"]
+        cost = {loss: least["sparse", loss] - least["dense", loss] for loss in LOSSES if {("sparse", loss), ("dense", loss)} <= least.keys()}
         return min(cost, key=lambda loss: cost[loss]) if cost else LOSSES[0]
 
     def measured(self, folder: Path, budgets: Sequence[int], patterns: Sequence[str]) -> Row:
@@ -392,9 +399,9 @@ class Lab:
 # ------------------------------------------------------------------------------------------------------- measurements
 
 
-def rates(kind: str, loss: str) -> tuple[float, ...]:
-    """The learning rates that are tried."""
-    return STILL if (kind, loss) == ("dense", "distill") else RATES
+def control(loss: str, seed: int, budget: int) -> str:
+    """The name of the job that read the held-out windows densely with the control of a loss; that of "distill" is the untouched model."""
+    return f"patterns-{budget}" if loss == "distill" else f"heldout-dense-{loss}-{seed}"
 
 
 def search(kind: str, loss: str, rate: float) -> str:
@@ -407,6 +414,7 @@ def training(folder: Path) -> Row:
     run = json.loads((folder / "run.json").read_text())
     curves = ("loss", "kl", "input_rms")
     told = {name: value for name, value in run.items() if name not in curves}
+    told["base"] = {**run["base"], "id": Path(run["base"]["id"]).name}  # a path is of one machine
     ends = {f"last_{name}": float(np.mean(run[name][-20:])) for name in ("loss", "kl") if run[name]}
     return told | ends
 
@@ -549,7 +557,7 @@ class Report:
         """The sparse model over the dense control of its seed, in percent of perplexity, the mean of the seeds in each window."""
 
         def mean(kind: str, pattern: str, at: int | None) -> np.ndarray:
-            rows = [self._row(f"heldout-{kind}-{loss}-{seed}", pattern, at) for seed in seeds]
+            rows = [self._row(control(loss, seed, budget) if kind == "dense" else f"heldout-{kind}-{loss}-{seed}", pattern, at) for seed in seeds]
             return np.mean([row["beyond"][str(budget)] if beyond else row["nll"] for row in rows], axis=0)
 
         return self._percent(mean("sparse", "dsa", budget), mean("dense", "dense", None))
@@ -558,8 +566,10 @@ class Report:
         """Both stages over the dense control."""
         found = []
         for loss in LOSSES:
-            seeds = [seed for seed in SEEDS if all(f"heldout-{kind}-{loss}-{seed}" in self.results for kind in KINDS)]
-            for budget in self.lab.budgets[1:] if seeds else []:
+            for budget in self.lab.budgets[1:]:
+                seeds = [seed for seed in SEEDS if {f"heldout-sparse-{loss}-{seed}", control(loss, seed, budget)} <= self.results.keys()]
+                if not seeds:
+                    continue
                 own = self._over_control(loss, budget, seeds, beyond=False)
                 single = [self._over_control(loss, budget, [seed], beyond=False)["percent"] for seed in seeds]
                 beyond = self._over_control(loss, budget, seeds, beyond=True)
@@ -618,9 +628,10 @@ class Report:
         found = []
         for layers in (4, 2):
             result = self.results.get(f"reuse-{layers}")
-            control = f"heldout-dense-{result['loss']}-0" if result else ""
-            for budget in self.lab.budgets[1:] if control in self.results else []:
-                dense = self._row(control, "dense")
+            for budget in self.lab.budgets[1:] if result else []:
+                if (beside := control(result["loss"], 0, budget)) not in self.results:
+                    continue
+                dense = self._row(beside, "dense")
                 own = self._row(f"reuse-{layers}", "dsa", budget)
                 beyond = self._percent(own["beyond"][str(budget)], dense["beyond"][str(budget)])
                 about = {"case": "R6", "layers": layers, "budget": budget}
@@ -643,7 +654,7 @@ class Report:
         return [{"case": "R8", **{name: float(np.median([run[name] for run in done])) for name in names}, "runs": len(done)}] if done else []
 
     def r9(self) -> list[Row]:
-        """What both kinds of training took from the untouched model."""
+        """What the sparse stage took from the untouched model, beside what the same steps on the same text took from the dense control."""
         found = []
         for loss in LOSSES:
             result = self.results.get(f"agreement-{loss}", {})

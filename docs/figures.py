@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import proof
+
 ROOT = Path(__file__).parent.parent
 RESULTS, TARGETS = ROOT / "benchmarks/results", ROOT / "benchmarks/targets.json"
 PLOTS, DRAWN_FROM = ROOT / "docs/img", ROOT / "docs/img/plots.json"
@@ -37,7 +39,7 @@ def written_by(program: str) -> Callable[[Result], bool]:
     return lambda result: program in result["command"]
 
 
-is_bench, is_quality = written_by("skim bench"), written_by("train_smollm2.py")
+is_bench, is_proof = written_by("skim bench"), written_by("retrofit.py")
 
 
 def several_lengths(result: Result) -> bool:
@@ -58,7 +60,7 @@ def number(value: float | None) -> str:
     if value is None:
         return ""
     digits = f"{value:.3g}"
-    return digits if "e" not in digits else f"{value:,.0f}"
+    return digits if "e" not in digits or abs(value) < 1 else f"{value:,.0f}"
 
 
 def tokens(n: int) -> str:
@@ -117,7 +119,18 @@ def measured(target: Result) -> str:
     value = target["value"]
     if value is None:
         return "not measured yet"
-    return "; ".join(f"{name}: {number(part)}" for name, part in value.items()) if isinstance(value, dict) else number(value)
+    return _value(value)
+
+
+def _value(value: Any) -> str:
+    """A number, a perplexity with its interval, or several by name; what wasn't measured is left out."""
+    if not isinstance(value, dict):
+        return number(value)
+    if "percent" in value:
+        beyond = value.get("beyond_twice_budget")
+        return proof.over(value) + (f", beyond {proof.over(beyond)}" if beyond else "")
+    again = [name for name in value if f"{name}, with its interval and beyond 2 x budget" in value]
+    return "; ".join(f"{name}: {_value(part)}" for name, part in value.items() if part is not None and name not in again)
 
 
 def targets(letter: str = "") -> str:
@@ -140,6 +153,7 @@ CLAIMS: tuple[tuple[str, tuple[str, ...], str], ...] = (  # what is said of DSA,
     ('DSA "can be introduced via continued training" (DeepSeek-V3.2-Exp, section 2)', ("R1", "R2"), f"{RETROFIT} 'warmup-*,patterns-*,heldout-*'"),
     ("quality stays that of the dense model, by domain and position", ("R1",), f"{RETROFIT} 'heldout-*'"),
     ("the model doesn't lose what it learned", ("R9",), f"{RETROFIT} 'prompts,agreement-*'"),
+    ("the indexer finds what the dense attention reads", ("R3",), f"{RETROFIT} 'patterns-*'"),
     ("the indexer can run in FP8", ("R5",), f"{RETROFIT} scores"),
     ("long-range retrieval survives the selection", ("R4",), f"{RETROFIT} 'retrieval-*'"),
     ("neighbouring layers can share a selection", ("R6",), f"{RETROFIT} 'reuse-*'"),
@@ -164,29 +178,48 @@ def shown(target: Result) -> str:
     return f"({target['unit']}; goal {'met' if target['met'] else 'missed'})"
 
 
-def quality(*names: str) -> str:
-    """A section for each result of quality: every pattern's loss over dense, the command. With names those results' rows alone."""
-    if names:
-        return _quality_table([row for name in names for row in results()[name]["rows"]])
-    return "\n".join(_quality(name, result) for name, result in results(is_quality).items())
+def retrofit(name: str, *arguments: str) -> str:
+    """A table of `proof.py`, of what benchmarks/retrofit.py reported."""
+    found = results(is_proof)
+    made = proof.TABLES[name](*found.values(), *arguments) if found else None
+    return table(*made) if made else "Not measured yet.\n"
 
 
-def _quality(name: str, result: Result) -> str:
-    about = f"Split {result['split']}, {result['rows'][0]['windows']} windows; {result['device']}."
-    return "\n".join([f"### {name}", "", about, "", f"    {result['command']}", "", _quality_table(result["rows"])])
+def retrofit_plot() -> str:
+    """The plot of the proof, where there is something to draw."""
+    return "".join(f"![Perplexity over dense against the budget, with 95 % intervals](img/{name}.svg)\n" for name in results(drawable))
 
 
-def _quality_table(rows: list[Result]) -> str:
-    cells = [_quality_row(row) for row in sorted(rows, key=lambda row: row["nll_over_dense"])]
-    once = [row for i, row in enumerate(cells) if row not in cells[:i]]  # dense is in each result
-    return table(["keys a query", "pattern", "perplexity", "loss over dense, nats (95 %)", "kept attention"], once)
+def drawable(result: Result) -> bool:
+    """Whether it is the proof and has patterns at a budget."""
+    return is_proof(result) and bool(proof.of_case(result, "R2"))
 
 
-def _quality_row(row: Result) -> list[str]:
-    dense = row["pattern"] == "dense"
-    over = "0" if dense else f"+{row['nll_over_dense']:.4f} ± {row['nll_over_dense_ci95']:.4f}"
-    label = {"dsa": "**DSA**", "sinks": "4 sinks + window", "oracle": "true top-k (oracle)"}.get(row["pattern"], row["pattern"])
-    return ["all" if dense else str(row["budget"]), label, f"{row['perplexity']:.2f}", over, f"{100 * row['attention_mass']:.1f} %"]
+def transfer(name: str) -> str:
+    """What the warm-up's defaults and settings beside them make of other models: kept attention over the oracle's, and the loss."""
+    found = results()[name]["rows"]
+    settings = dict.fromkeys((row["rate"], row["init"]) for row in found)
+    rows = []
+    for model in dict.fromkeys(row["model"] for row in found):
+        own = {(row["rate"], row["init"]): row for row in found if row["model"] == model}
+        cells = [f"{100 * own[setting]['share']:.1f} %, {own[setting]['answer_loss']['dsa']:.3f}" for setting in settings]
+        default = own[1.0, 1.0]
+        losses = [f"{default['answer_loss'][pattern]:.3f}" for pattern in ("dense", "oracle", "window")]
+        rows.append([model, str(default["width"]), f"{default['matrices_lr']:.4f}", *cells, *losses])
+    names = [f"rate x {number(rate)}" if rate != 1 else f"weights x {number(init)}" if init != 1 else "**default**" for rate, init in settings]
+    return table(["model", "channels", "default rate", *names, "dense", "oracle", "window"], rows)
+
+
+def killed(name: str) -> str:
+    """What was found after kills, and how the runs ended."""
+    rows = []
+    for row in results()[name]["rows"]:
+        kept = f"{min(row['last_checkpoint'])} to {max(row['last_checkpoint'])} of {row['steps']}"
+        wrong = [str(len(row[what])) for what in ("corrupt", "differences")]
+        final = ", ".join(f"{what} {value:.6f}" for what, value in row["final"].items())
+        rows.append([row["stage"], str(row["kills"]), kept, str(row["while_writing"]), str(row["runs"]), *wrong, final])
+    header = ["stage", "kills", "steps that were safe", "kills while a checkpoint was written", "runs that ended"]
+    return table([*header, "corrupt files", "differences from the run left alone", "both end with"], rows)
 
 
 SPEED = {  # rows of the short table: what, case, mode
@@ -297,7 +330,6 @@ TABLES: dict[str, Callable[..., str]] = {
     "cases": cases,
     "targets": targets,
     "claims": claims,
-    "quality": quality,
     "speed": speed,
     "positions": positions,
     "decoding": decoding,
@@ -305,6 +337,10 @@ TABLES: dict[str, Callable[..., str]] = {
     "rounding": rounding,
     "hopper": hopper,
     "variants": variants,
+    "retrofit": retrofit,
+    "retrofit-plot": retrofit_plot,
+    "transfer": transfer,
+    "killed": killed,
 }
 
 
@@ -334,7 +370,8 @@ def plotted() -> dict[str, str]:
     """Every plot by file name, with a digest of what it has to be drawn from; those that a benchmark drew itself are copied."""
     found = {f"{name}.svg": digest(result) for name, result in results(lambda result: is_bench(result) and several_lengths(result)).items()}
     drawn = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in RESULTS.glob("*.png")}
-    return {**found, **drawn, "quality.svg": digest(results(is_quality))}
+    proofs = {f"{name}.svg": digest(result["rows"]) for name, result in results(drawable).items()}
+    return {**found, **drawn, **proofs}
 
 
 def draw(name: str, path: Path) -> None:
@@ -345,32 +382,12 @@ def draw(name: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = name  # the same file from the same data
-    if name == "quality.svg":
-        _draw_quality(path)
+    if Path(name).stem in results(drawable):
+        proof.draw(results()[Path(name).stem], path)
     else:
         from skim.bench import plot
 
         plot(results()[Path(name).stem], path)
-
-
-def _draw_quality(path: Path) -> None:
-    """Loss over dense of each pattern, domain by domain."""
-    from matplotlib.figure import Figure
-
-    found = results(is_quality)
-    figure = Figure(figsize=(8, 2.6 * len(found)), layout="constrained")
-    for axes, (name, result) in zip(figure.subplots(len(found), squeeze=False)[:, 0], found.items()):
-        rows = [row for row in result["rows"] if row["pattern"] != "dense"]
-        domains = list(rows[0]["nll_over_dense_by_domain"])
-        for i, row in enumerate(rows):
-            places = [at + 0.25 * (i - (len(rows) - 1) / 2) for at in range(len(domains) + 1)]
-            heights = [row["nll_over_dense"], *(row["nll_over_dense_by_domain"][domain] for domain in domains)]
-            axes.bar(places, heights, width=0.22, color=f"C{('dsa', 'oracle', 'sinks').index(row['pattern'])}", label=row["pattern"])
-        axes.set_xticks(range(len(domains) + 1), ["all", *domains])
-        axes.set(title=f"{name}: {rows[0]['budget']} keys a query", ylabel="loss over dense, nats")
-        axes.grid(alpha=0.3, axis="y")
-        axes.legend()
-    figure.savefig(path)
 
 
 def write(path: Path, create: Callable[[Path], Any]) -> None:

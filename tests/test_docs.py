@@ -104,7 +104,9 @@ def figures() -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["figures"] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "docs")  # as if the script were run
+        spec.loader.exec_module(module)
     return module
 
 
@@ -116,6 +118,16 @@ def test_tables_are_those_of_the_committed_results(figures: ModuleType) -> None:
 def test_a_figure_that_was_changed_by_hand_is_found(figures: ModuleType) -> None:
     page = read(ROOT / "docs/performance.md")
     assert figures.filled(page.replace("NVIDIA H200", "NVIDIA H300")) == page
+
+
+def test_a_target_of_several_figures_is_told_with_its_intervals(figures: ModuleType) -> None:
+    beyond = {"percent": 0.25, "low": 0.1, "high": 0.4}
+    told = {"percent": 0.123, "low": None, "high": None, "beyond_twice_budget": beyond}
+    name = "512, with its interval and beyond 2 x budget"
+    several = {"value": {"512": 0.123, "256": None, "128": 4.5, name: told}}
+    assert figures.measured(several) == f"128: 4.5; {name}: +0.12 %, beyond +0.25 % (+0.10 to +0.40)"
+    assert figures.measured({"value": {"percent": -12.3, "low": -20.0, "high": -1.0}}) == "-12 % (-20 to -1.00)"
+    assert figures.number(1.5e-5) == "1.5e-05" and figures.number(123456) == "123,456"
 
 
 def test_plots_are_drawn_from_the_committed_results(figures: ModuleType) -> None:

@@ -27,8 +27,8 @@ if not BENCHMARKS.exists():
     pytest.skip("benchmarks are in the repository only", allow_module_level=True)
 
 
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+def script(name: str, folder: Path = BENCHMARKS) -> Any:
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,7 +77,6 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrofit, "RATES", (1e-3,))
-    monkeypatch.setattr(retrofit, "STILL", (1e-3,))
     monkeypatch.setattr(retrofit, "INDEXERS", ((2, 32),))
     monkeypatch.setattr(retrofit, "QUESTIONS", ("w1 w2 w3 ?", "w4 w5"))
     monkeypatch.setattr(retrofit, "ANSWER", 4)
@@ -117,6 +116,14 @@ def test_every_job_runs_and_the_report_fills_the_table(monkeypatch, lab, tmp_pat
     assert {job["job"] for job in found["jobs"]} == set(jobs)
     targets = {target.id: target for target in score.TARGETS}
     assert all(score.score(targets[name], [("report.json", found)]) is not None for name in ("R7", "R8", "R9"))  # others name budgets of 8192 tokens
+
+    proof = script("proof", BENCHMARKS.parent / "docs")
+    for name, make in proof.TABLES.items():
+        arguments = ["16"] if name == "domains" else []
+        header, rows = make(found, *arguments)
+        assert rows and all(len(row) == len(header) for row in rows), name
+        assert make({"rows": [], "jobs": []}, *arguments) is None, name
+    proof.draw(found, tmp_path / "proof.svg")
 
     before = written(out)
     capsys.readouterr()

@@ -3,6 +3,5 @@
 from skim.training.data import Rows, prepare
 from skim.training.loop import train
 from skim.training.recipe import Recipe
-from skim.training.warmup import Warmup, warmup
 
-__all__ = ["Recipe", "Rows", "Warmup", "prepare", "train", "warmup"]
+__all__ = ["Recipe", "Rows", "prepare", "train"]
