@@ -57,6 +57,7 @@ RATES = (2e-5, 5e-5, 1e-4)  # of the sparse stage and of the dense control alike
 SHARES = (8, 16, 32, 64)  # budgets are the window over these
 RULES = ("sinks", "window", "blocks")
 WINDOWS_OF_A_DOMAIN = 10  # held-out windows that are read, so that no domain outweighs the others
+WORKSPACE = 4096  # MiB on a GPU: the oracle's scores in few pieces, which wait less for the host
 RANDOM_WINDOWS = 2  # drawing keys by lot is slow, and what it costs is no close call
 RETRIEVAL_DEPTHS, RETRIEVAL_SAMPLES = 5, 10
 RETRIEVAL_SHARES = (8, 4)  # prompts are the window over these
@@ -211,7 +212,10 @@ class Lab:
         """The model that a training run left, with its indexers."""
         whole = folder / "model"
         base = load_model(whole, dtype=self.base[0].dtype, device=self.device)[0] if whole.is_dir() else copy.deepcopy(self.base[0])
-        return skim.load(base, folder / "adapter")
+        made = skim.load(base, folder / "adapter")
+        if self.device.type == "cuda":
+            skim.use(made, workspace_mb=WORKSPACE)
+        return made
 
     def best(self, kind: str, loss: str) -> float:
         """The learning rate that did best on the selection split."""

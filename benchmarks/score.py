@@ -403,6 +403,20 @@ HOPPER = (
         ),
     ),
     Target(
+        "H4",
+        "MLA decode from a paged cache in 656 bytes, 128 sequences of 32k keys, K=2048, 128 heads",
+        ">= 1.15 with 1 and with 2 queries",
+        OF_THE_PEER,
+        tuple(Clause(f"queries: {queries}", at("H4", M, "fp8", queries=queries, impl="hopper"), ratio, ">=", 1.15) for queries in (1, 2)),
+    ),
+    Target(
+        "H5",
+        "the same with 16 heads, which the peer pads to 64",
+        "the peer's 0.128 ms in <= 0.085",
+        OF_THE_PEER,
+        (Clause("queries: 1", at("H5", M, "fp8", queries=1, impl="hopper"), ratio, ">=", 0.128 / 0.085),),
+    ),
+    Target(
         "H6",
         "FP8 index scores, 4096 queries, J=64",
         ">= 1.05 at 8k, 32k and 128k keys",

@@ -71,13 +71,9 @@ class PagedLatents:
         scales.unflatten(-1, (self.page, codec.SCALE_BYTES))[block, place] = held[..., E:]
 
     def select(self, blocks: Tensor, q: Tensor, weights: Tensor, budget: int, *, start: Tensor, end: Tensor, **options: Any) -> Selection:
-        """`skim.select` over the index keys of `blocks` `[B, N]`, which are brought together first: it reads them all, page by page or not."""
-        held = self.index_keys[blocks.long()]
-        queries: Any = q
-        keys: Any = held.flatten(1, 2)
-        if self.indexer.score_dtype == "fp8":
-            queries, keys = self.indexer.quantised(q), codec.unpack_pages(held, self.page)
-        selection = select(queries, keys, weights, budget, start=start, end=end, **options)
+        """`skim.select` over the index keys of `blocks` `[B, N]`, which are read where they lie."""
+        queries = self.indexer.quantised(q) if self.indexer.score_dtype == "fp8" else q
+        selection = select(queries, self.index_keys, weights, budget, start=start, end=end, block_table=blocks.int(), **options)
         assert isinstance(selection, Selection)
         return selection
 
