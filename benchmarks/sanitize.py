@@ -2,10 +2,10 @@
 
     python benchmarks/sanitize.py --json benchmarks/results/h100-sanitizer.json
 
-runs itself with `--run` once as it is, which compiles the kernels, and then under each of compute-sanitizer's tools, all at
-the same time:
+runs itself with `--run` for each case, first as it is, which compiles the kernels, and then under each of compute-sanitizer's
+tools, as many at the same time as there are cores:
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py --run
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py --run --cases aligned
 
 Without PyTorch's caching allocator each tensor is an allocation of its own, so that a step outside of it is seen, and memory
 that nothing wrote is not another tensor's. PyTorch's kernels are checked like Skim's, because initcheck must see them write;
@@ -42,7 +42,7 @@ from skim.ops import codec, dispatch
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MARK = "launched: "
-LIMIT = 900  # seconds that a tool may take
+LIMIT = 900  # seconds that a tool may take for a case
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32) if GPU else (torch.float32,)  # the interpreter gets bfloat16 wrong
@@ -296,23 +296,45 @@ def summary(output: str, code: int) -> dict[str, Any]:
     return {"clean": clean, "exit": code, "errors": mine, "of_others": others, "output": "" if clean else output[-4000:]}
 
 
-def check(commands: dict[str, list[str]], environment: dict[str, str]) -> dict[str, Any]:
-    """Run the tools at the same time; what each says."""
-    began, results = time.perf_counter(), {}
+def check(commands: dict[tuple[str, str], list[str]], environment: dict[str, str]) -> dict[str, Any]:
+    """Run the command of each tool and case, many at the same time; what each tool says of all cases."""
 
-    def one(tool: str) -> None:
+    def one(place: tuple[str, str]) -> dict[str, Any]:
+        began = time.perf_counter()
         try:
             ended = subprocess.run(
-                commands[tool], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT, check=False
+                commands[place], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT, check=False
             )
             found = summary(ended.stdout, ended.returncode)
         except subprocess.TimeoutExpired as error:
             found = summary((error.stdout or b"").decode(), -1)
-        results[tool] = {**found, "seconds": round(time.perf_counter() - began, 1)}
+        found["seconds"] = round(time.perf_counter() - began, 1)
+        print(f"{' '.join(place)}: {'clean' if found['clean'] else 'NOT CLEAN'}, {found['seconds']} s", flush=True)
+        return found
 
-    with ThreadPoolExecutor(len(commands)) as threads:
-        list(threads.map(one, commands))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        of_place = dict(zip(commands, threads.map(one, commands)))
+    results: dict[str, Any] = {}
+    for tool in dict.fromkeys(tool for tool, _ in commands):
+        of_case = {case: found for (own, case), found in of_place.items() if own == tool}
+        errors, others = (sum((Counter(found[kind]) for found in of_case.values()), Counter[str]()) for kind in ("errors", "of_others"))
+        clean = all(found["clean"] for found in of_case.values())
+        results[tool] = {"clean": clean, "errors": dict(errors), "of_others": dict(others), "cases": of_case}
     return results
+
+
+def compiled(command: list[str], cases: list[str]) -> list[str]:
+    """The names of the kernels of these cases, which run as they are, so that all are compiled.
+
+    Raises:
+        SystemExit: one doesn't run.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        ended = list(threads.map(lambda case: subprocess.run([*command, case], capture_output=True, text=True, check=False), cases))
+    for case, run in zip(cases, ended):
+        if run.returncode:
+            sys.exit(f"{case}, without compute-sanitizer:\n{run.stdout}{run.stderr}")
+    return sorted({name for run in ended for name in run.stdout.rpartition(MARK)[2].split()})
 
 
 def main() -> None:
@@ -327,19 +349,16 @@ def main() -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None or not GPU:
         sys.exit("expected an NVIDIA GPU and compute-sanitizer, which comes with the CUDA toolkit")
-    again = [sys.executable, __file__, "--run", *(["--cases", *args.cases] if args.cases else [])]
+    command, cases = [sys.executable, __file__, "--run", "--cases"], args.cases or [case.__name__ for case in CASES]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    plain = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
-    if plain.returncode:
-        sys.exit(f"without compute-sanitizer:\n{plain.stdout}{plain.stderr}")
-    launched = plain.stdout.rpartition(MARK)[2].split()
+    launched = compiled(command, cases)
     # PyTorch asks the driver what may fail, and handles it: only what kernels do is an error.
     options = ["--error-exitcode", "1", "--report-api-errors", "no", "--show-backtrace", "no", "--print-limit", "1000"]
-    commands = {tool: [sanitizer, "--tool", tool, *options, *again] for tool in args.tools}
+    commands = {(tool, case): [sanitizer, "--tool", tool, *options, *command, case] for tool in args.tools for case in cases}
     results = check(commands, environment)
     version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
     for tool, result in results.items():
-        print(f"{tool}: {'clean' if result['clean'] else result['errors'] or 'did not end'}, {result['seconds']} s, of others: {result['of_others']}")
+        print(f"{tool}: {'clean' if result['clean'] else result['errors'] or 'did not end'}, of others: {result['of_others']}")
     if args.json:
         write(args.json, {**machine(DEVICE), "sanitizer": version, "kernels": launched, "tools": results})
     sys.exit(not all(result["clean"] for result in results.values()))

@@ -86,7 +86,7 @@ def test_what_the_tools_say(output, code, clean, errors, others):
 
 
 def test_tools_that_run_at_the_same_time():
-    commands = {tool: [sys.executable, "-c", f"print({said!r})"] for tool, said in (("memcheck", LAUNCHED), ("racecheck", LAUNCHED + RACE))}
-    found = sanitize.check(commands, dict(os.environ))
-    assert found["memcheck"]["clean"] and found["racecheck"]["errors"] == {"choose_kernel": 1}
-    assert all(result["seconds"] >= 0 for result in found.values())
+    said = {("memcheck", "one"): LAUNCHED, ("racecheck", "one"): LAUNCHED, ("racecheck", "two"): LAUNCHED + RACE}
+    found = sanitize.check({place: [sys.executable, "-c", f"print({text!r})"] for place, text in said.items()}, dict(os.environ))
+    assert found["memcheck"]["clean"] and not found["racecheck"]["clean"] and found["racecheck"]["errors"] == {"choose_kernel": 1}
+    assert found["racecheck"]["cases"]["one"]["clean"] and list(found["racecheck"]["cases"]) == ["one", "two"]

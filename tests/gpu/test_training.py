@@ -113,7 +113,9 @@ def test_a_model_that_waits_for_the_gpu_is_trained_all_the_same(rows, tmp_path):
     with pytest.warns(UserWarning, match="can't capture"):
         model, report = run(rows, tmp_path, model=model, steps=40)
     assert sum(report["kl"][-5:]) < sum(report["kl"][:5])
-    assert bool(torch.rand(4, device="cuda").isfinite().all())  # random numbers work as before
+    assert bool(torch.rand(4, device="cuda").isfinite().all())  # random numbers, streams and the allocator work as before
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.empty_cache()
 
 
 def test_an_adapter_of_the_warm_up_loads_into_a_fresh_model(rows, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -164,6 +165,34 @@ def test_a_copied_cache_goes_its_own_way():
     assert other.layers[0].index_keys.shape[1] == other.layers[0].keys.shape[2] == 35
 
 
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_a_cache_that_was_written_to_a_file_goes_on_where_it_was(family):
+    model = sparse(family)
+    cache, _ = prefilled(model)
+    restored = pickle.loads(pickle.dumps(cache))
+    assert [type(layer) for layer in restored.layers] == [type(layer) for layer in cache.layers]
+    assert torch.equal(prefilled(model, IDS[:, :5], restored)[1], prefilled(model, IDS[:, :5], cache)[1])
+
+
+def test_what_an_interrupted_pass_left_can_be_cut_off_again():
+    """Keys are there of the layers that it had reached, the index keys of none."""
+    model = sparse("llama", budget=25)
+    cache, first = prefilled(model, IDS[:, :20])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prefilled(model, IDS[:, 20:24], cache)
+    handle.remove()
+    for layer in cache.layers[:2]:
+        layer.crop(-4)
+    assert in_shape(cache, 20)
+    _, rest = prefilled(model, IDS[:, 20:], cache)
+    assert (torch.cat((first, rest), dim=1) - logits(model, IDS)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mistral"])
 def test_a_cache_that_was_filled_densely_is_refused_by_name(family):
     model = sparse(family)
@@ -211,11 +240,13 @@ def test_trap_17_index_keys_are_written_while_scoring_is_skipped():
     assert not torch.allclose(rest, logits(build("llama"), IDS)[:, 20:])
 
 
-def test_index_keys_of_another_score_dtype_are_refused_by_name():
-    model = sparse("llama")
+@pytest.mark.parametrize("budget", [8, 100])
+def test_index_keys_of_another_score_dtype_are_refused_by_name_before_anything_is_written(budget):
+    model = sparse("llama", budget=budget)
     cache, _ = prefilled(model)
     with skim.use(model, score_dtype="fp8"), pytest.raises(ValueError, match="layer 0 holds index keys of another score_dtype"):
         prefilled(model, IDS[:, :2], cache)
+    assert in_shape(cache, 30)
 
 
 def test_fp8_index_keys_take_a_byte_a_channel_and_four_for_the_scale():

@@ -361,3 +361,9 @@ def test_the_rotated_channels_are_as_many_as_asked_for(rope_dim, expected):
 def test_rotated_channels_that_the_models_table_cannot_give_are_refused():
     with pytest.raises(ValueError, match="rope_dim: expected a divisor of the 8 channels that the model rotates, got 6"):
         skim.convert(build("llama"), skim.Config(index_head_dim=16, rope_dim=6))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_index_head_of_which_no_half_can_be_rotated_is_refused_by_name(size):
+    with pytest.raises(ValueError, match=f"index_head_dim: expected 4 or more, .* got {size}"):
+        skim.convert(build("llama"), skim.Config(index_head_dim=size))

@@ -208,6 +208,22 @@ def test_four_axes_are_refused_by_name(dtype):
     assert torch.equal(logits(model, IDS, attention_mask=mask), logits(build("llama"), IDS, attention_mask=mask))
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_a_dense_mask_that_went_to_another_device_is_known_by_what_it_shows(family, implementation):
+    """Where accelerate spreads a model, layers get copies of the mask, without the mark that their decoder made it."""
+    model, padding = sparse(family, implementation), torch.ones_like(IDS)
+    padding[:, :22] = 0  # rows of 30 tokens that see no more than the budget of 8
+    arguments = {"attention_mask": padding, "use_cache": False}
+    expected = logits(model, IDS, **arguments)
+
+    def move(module, args, kwargs):
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}
+
+    model.model.layers[1].register_forward_pre_hook(move, with_kwargs=True)
+    assert torch.equal(logits(model, IDS, **arguments), expected)
+
+
 def test_holes_in_a_mask_are_refused_by_name():
     model = sparse("llama")
     mask = torch.ones_like(IDS)

@@ -75,6 +75,7 @@ BAD_FP8 = [
     ((codec.quantise(Q_INDEX)[0], torch.ones(B, T)), ValueError, r"q_index scale: expected \[B, T, J\], got shape \(2, 5\)"),
     ((codec.quantise(Q_INDEX)[0], torch.ones(B, T, 3)), ValueError, r"q_index scale: expected \[B, T, J\] = \(2, 5, 4\), got \(2, 5, 3\)"),
     ((codec.quantise(Q_INDEX)[0], 0.5), TypeError, r"q_index scale: expected a tensor \[B, T, J\], got float"),
+    ((codec.quantise(Q_INDEX)[0],), TypeError, r"q_index: expected a tensor or a pair \(values, scale\), got a tuple of 1"),
     ((codec.quantise(Q_INDEX)[0], torch.ones(B, T, 4, dtype=torch.int32)), TypeError, r"q_index scale: expected a floating-point dtype"),
     ((codec.quantise(Q_INDEX)[0], torch.ones(B, T, 4, device="meta")), ValueError, r"q_index scale: expected device cpu, got meta"),
 ]

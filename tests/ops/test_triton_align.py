@@ -55,11 +55,24 @@ def test_selections_with_holes_and_empty_rows(H: int, G: int, D: int, J: int, E:
     check(*attention_inputs(B, T, S, H=H, G=G, D=D)[:2], index_inputs(B, T, S, J=J, E=E), selection=selection)
 
 
-@pytest.mark.parametrize("tiles", [1, 4])
-def test_intervals_some_tiles_at_a_time(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tiles", "parts"), [(1, 8), (4, 8), (4, 1)])
+def test_intervals_some_tiles_at_a_time(tiles: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PARTS", parts)
     monkeypatch.setattr(kernels, "chunks", lambda rows, *sizes: (slice(i, min(i + tiles, rows)) for i in range(0, rows, tiles)))
     start, end = random_interval(B, T, S)
     check(*attention_inputs(B, T, S)[:2], index_inputs(B, T, S), start=start, end=end)
+
+
+def test_intervals_that_reach_beyond_the_keys() -> None:
+    start = torch.tensor([[0, -2, 4, 5, -3]], dtype=torch.int32)
+    end = torch.tensor([[7, 9, 40, 7, -1]], dtype=torch.int32)
+    check(*attention_inputs(1, 5, 5)[:2], index_inputs(1, 5, 5), start=start, end=end)
+
+
+def test_sums_that_are_made_side_by_side_count_as_workspace() -> None:
+    for keys, expected, left in ((2048, 8, 509), (1 << 17, 8, 288), (1 << 18, 5, 256), (1 << 20, 2, 256), (1 << 22, 1, 512)):
+        parts, rest = kernels._sums(torch.empty(1, keys, 64, device="meta"), 512)
+        assert (tuple(parts.shape), rest) == ((expected, 1, keys, 64), left)
 
 
 def test_causal() -> None:

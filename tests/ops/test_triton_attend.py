@@ -98,6 +98,12 @@ def test_intervals(H: int, G: int, D: int, V: int) -> None:
     check(list(attention_inputs(T=35, S=50, H=H, G=G, D=D, V=V)), sink=normal(H, seed=3), start=start, end=end)
 
 
+def test_intervals_that_reach_beyond_the_keys() -> None:
+    start = torch.tensor([[0, -2, 4, 5, -3]], dtype=torch.int32)
+    end = torch.tensor([[7, 9, 40, 7, -1]], dtype=torch.int32)
+    check(list(attention_inputs(1, 5, 5)), start=start, end=end)
+
+
 def test_causal_and_split_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     check(list(attention_inputs(T=35, S=50, H=4, G=2, D=16, V=16)))
     monkeypatch.setattr(kernels, "_splits", lambda programs, walk, block_k, device: 3)

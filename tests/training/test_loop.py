@@ -26,6 +26,7 @@ from skim.huggingface import attention, masks
 from skim.huggingface.state import converted_layers, state_of
 from skim.training import Recipe, checkpoint, loop, prepare, train
 from skim.training.stage import Stage
+from skim.training.variants import configurations
 
 LENGTH = 96
 
@@ -241,6 +242,34 @@ def test_several_configurations_are_trained_in_one_pass_as_each_would_be_alone(r
         assert one.keys() == other.keys() and max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-5
 
 
+def test_a_capture_that_fails_leaves_nothing_in_the_losses(rows, monkeypatch):
+    def stage():
+        chosen = recipe().resolved(chat=False, accelerated=False)
+        batch = {name: value[None] for name, value in rows[0].items()}
+        model = converted()
+        return Stage(model, chosen, accelerate.Accelerator(), batch, configurations(state_of(model).config, VARIANTS)), batch
+
+    def fails(work, inputs):  # in the last layer: what was recorded before is never computed
+        def raises(*_):
+            raise RuntimeError("not now")
+
+        hook = list(converted_layers(other.model).values())[-1].register_forward_pre_hook(raises)
+        try:
+            work(inputs)
+        finally:
+            hook.remove()
+            other.optimizer.zero_grad(set_to_none=True)
+
+    (own, batch), (other, _) = stage(), stage()
+    expected = own.step(0, [batch])
+    monkeypatch.setattr(skim.training.stage, "Captured", fails)
+    other.capturable = other.compiled = True
+    with pytest.warns(UserWarning, match="can't capture a training step of LlamaForCausalLM, so it takes longer: not now"):
+        found = other.step(0, [batch])
+    assert found.variants == expected.variants and found.kl == expected.kl
+    assert not other.capturable and same(own.trained(), other.trained())
+
+
 def test_what_a_variant_may_not_be_is_named(rows, tmp_path):
     for variants, message in (
         ({"a/b": {}}, "variants: expected names of letters, digits, '-', '_' and '.', got 'a/b'"),
@@ -385,6 +414,15 @@ def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_does(rows, t
     with pytest.raises(ValueError, match=f"memory: this run needs more than the memory of .*{expected}"):
         train(model, rows, recipe("sparse", **changes), out=tmp_path)
     assert same(state(model), before) and not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_what_the_kept_mass_takes_has_to_fit_too(rows, tmp_path, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(Stage, "kept_mass", fails)
+    with pytest.raises(ValueError, match="every smaller setting"):
+        train(converted(), rows, recipe(), out=tmp_path, dry_run=True)
 
 
 def test_a_stage_that_runs_out_of_memory_while_it_is_made_leaves_the_model(rows, tmp_path, monkeypatch):

@@ -20,8 +20,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skim.huggingface import record
-from skim.huggingface.cache import append_index_keys, append_to, holds_index_keys, indexed_layer, takes_late_index_keys
-from skim.huggingface.masks import PREFIX, is_decided_dense, is_visibility, unpack_visibility
+from skim.huggingface.cache import append_index_keys, holds_index_keys, indexed_layer, takes_late_index_keys
+from skim.huggingface.masks import PREFIX, is_decided_dense, is_visibility, sees_no_more, unpack_visibility
 from skim.huggingface.state import Forward, HandOver, LayerInputs, State, Waiting, source_of
 from skim.modules import IndexTensors, LightningIndexer
 from skim.modules.indexer import cached_keys
@@ -135,12 +135,12 @@ def _waits(forward: Forward, cache: Any, layer: int, indexer: LightningIndexer, 
     """
     if torch.compiler.is_compiling() or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    target = indexed_layer(cache, layer)
+    target = indexed_layer(cache, layer, indexer.score_dtype == "fp8")
     if not takes_late_index_keys(cache, target):
         return False
     if not forward.waiting:  # inputs are copied once, so half the workspace is theirs
         forward.room = workspace(forward.config.workspace_mb, hidden.device) << 19
-    forward.waiting.append(Waiting(layer, target, indexer, hidden, position_embeddings))
+    forward.waiting.append(Waiting(target, indexer, hidden, position_embeddings))
     forward.room -= hidden.nbytes
     if forward.room < 0:
         _make_waiting(forward)
@@ -155,7 +155,7 @@ def _make_waiting(forward: Forward) -> None:
     for layers in groups.values():
         made = cached_keys([x.indexer for x in layers], [x.hidden for x in layers], layers[0].position_embeddings)
         for waiting, keys in zip(layers, made):
-            append_to(waiting.target, waiting.layer, keys)
+            waiting.target.append_index_keys(keys)
     forward.waiting.clear()
 
 
@@ -191,7 +191,8 @@ def _attention(
 
 def expect_decided_dense(state: State, attention_mask: Any, keys: int) -> None:
     """Raise ValueError if a row may see more keys than it is to read, by a mask that says no more about it."""
-    if state.limit is not None and keys > state.limit and not is_decided_dense(attention_mask):
+    limit = state.limit
+    if limit is not None and keys > limit and not is_decided_dense(attention_mask) and not sees_no_more(attention_mask, limit):
         raise ValueError(
             f"attention_mask: expected a 2-D mask or none, got {type(attention_mask).__name__} {tuple(attention_mask.shape)}; "
             "Skim reads intervals of keys and can't tell them from a mask prepared elsewhere"

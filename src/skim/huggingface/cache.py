@@ -69,10 +69,9 @@ def indexed(layer_class: Any) -> Any:
             self._change(lambda keys: keys.index_select(0, beam_idx.to(keys.device)))
 
         def crop(self, tokens_to_remove: int) -> None:
-            # A negative number is how many to drop; transformers before 5.18 also took the length to keep.
             super().crop(tokens_to_remove)
-            if tokens_to_remove != 0:
-                self._change(lambda keys: keys[:, :tokens_to_remove])
+            # To what is left, not by as many: layers that an interrupted pass had reached have no index keys of its tokens.
+            self._change(lambda keys: keys[:, : self.get_seq_length()])
 
         def batch_repeat_interleave(self, repeats: int) -> None:
             super().batch_repeat_interleave(repeats)
@@ -82,8 +81,17 @@ def indexed(layer_class: Any) -> Any:
             super().batch_select_indices(indices)
             self._change(lambda keys: keys[indices])
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            # Pickle finds a class by its name, and no module has this one.
+            return (_unpickled, (layer_class,), self.__dict__) if type(self) is Indexed else super().__reduce_ex__(protocol)
+
     Indexed.__name__ = Indexed.__qualname__ = f"Indexed{layer_class.__name__}"
     return Indexed
+
+
+def _unpickled(layer_class: Any) -> Any:
+    twin = indexed(layer_class)
+    return twin.__new__(twin)
 
 
 def holds_index_keys(cache: Cache, layer: int) -> bool:
@@ -104,11 +112,12 @@ def layer_of(cache: Cache, layer: int) -> Any:
     return cache.layers[layer]
 
 
-def indexed_layer(cache: Cache, layer: int) -> Any:
-    """The layer of a cache, made one that holds index keys too; asked for before the layer's own update.
+def indexed_layer(cache: Cache, layer: int, fp8: bool) -> Any:
+    """The layer of a cache, made one that holds index keys too, in FP8 or not; asked for before the layer's own update.
 
     Raises:
-        ValueError: the cache already holds tokens whose index keys were never made, or is of a kind that can't hold any.
+        ValueError: the cache already holds tokens whose index keys were never made, or index keys in another form, or is
+            of a kind that can't hold any.
     """
     target = layer_of(cache, layer)
     if not hasattr(target, "index_keys"):
@@ -122,6 +131,8 @@ def indexed_layer(cache: Cache, layer: int) -> Any:
             f"past_key_values: layer {layer} holds {int(target.get_seq_length())} tokens without index keys "
             "(a cache that was filled in dense mode or before skim.convert); fill it again in sparse mode"
         )
+    if target.index_keys is not None and (target.index_keys.dtype == torch.uint8) != fp8:
+        raise ValueError(f"past_key_values: layer {layer} holds index keys of another score_dtype; fill the cache again")
     return target
 
 
@@ -130,25 +141,14 @@ def takes_late_index_keys(cache: Cache, target: Any) -> bool:
     return not cache.offloading and not isinstance(target, StaticLayer)
 
 
-def append_to(target: Any, layer: int, new: Tensor) -> Tensor:
-    """Append new index keys `[B, T, C]` to those of an `indexed_layer`; everything held, `[B, S, C]`.
-
-    Raises:
-        ValueError: it holds index keys in another form.
-    """
-    held = target.index_keys
-    if held is not None and (held.dtype == torch.uint8) != (new.dtype == torch.uint8):
-        raise ValueError(f"past_key_values: layer {layer} holds index keys of another score_dtype; fill the cache again")
-    return target.append_index_keys(new)
-
-
 def append_index_keys(cache: Cache, layer: int, new: Tensor) -> Tensor:
     """Append a layer's new index keys `[B, T, C]` before its own update; everything held, `[B, S, C]`.
 
     Raises:
-        ValueError: as `indexed_layer` and `append_to`.
+        ValueError: as `indexed_layer`.
     """
-    target = indexed_layer(cache, layer)
+    target = indexed_layer(cache, layer, new.dtype == torch.uint8)
     if cache.offloading:  # Cache.update waits for its copies later than this
         torch.cuda.current_stream(new.device).wait_stream(cache.prefetch_stream)
-    return append_to(target, layer, new)
+    held: Tensor = target.append_index_keys(new)
+    return held

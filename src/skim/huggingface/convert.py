@@ -335,6 +335,8 @@ def make_indexer(layer: Any, decoder: Any, config: Config) -> LightningIndexer:
     table = _table(layer, decoder)
     rotated = table.shape[-1]
     most = min(rotated, config.index_head_dim // 2)
+    if config.rope_dim is None and most < 2:
+        raise ValueError(f"index_head_dim: expected 4 or more, of which half are rotated, or a rope_dim beside it, got {config.index_head_dim}")
     rope_dim = config.rope_dim or next(n for n in range(most - most % 2, 0, -2) if rotated % n == 0)
     if rotated % rope_dim:
         raise ValueError(f"rope_dim: expected a divisor of the {rotated} channels that the model rotates, got {rope_dim}")

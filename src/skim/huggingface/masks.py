@@ -31,6 +31,14 @@ def is_decided_dense(mask: Any) -> bool:
     return mask is None or getattr(mask, "skim_dense", False)
 
 
+def sees_no_more(mask: Any, limit: int) -> bool:
+    """Whether no row of a mask without that mark (it is lost on the way to another device) sees more than `limit` keys."""
+    if not isinstance(mask, Tensor) or is_tracing():
+        return False
+    visible = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+    return int(visible.sum(-1).max()) <= limit
+
+
 def register(original: str) -> str:
     """Register the mask function that stands before `original`'s; the name of the implementation."""
     name = PREFIX + original

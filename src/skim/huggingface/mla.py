@@ -212,7 +212,7 @@ def _absorbed(layer: Any, handed: HandOver, nope: Tensor, rope: Tensor, latents:
     into, out_of = _expansion(layer, nope).split((layer.qk_nope_head_dim, layer.v_head_dim), dim=1)
     start, end = interval(mask, kwargs)
 
-    def output(rows: slice, handed: HandOver, latents: Tensor) -> Tensor:
+    def output(rows: slice, handed: HandOver) -> Tensor:
         q = autocast(torch.cat((torch.einsum("bthn,hnr->bthr", nope[:, rows], into), rope[:, rows]), dim=-1))
         visible = start[:, rows], end[:, rows]
         out = read(layer, handed, q, latents[:, :, None], None, visible, scale=layer.scaling, v_channels=layer.kv_lora_rank)
@@ -220,9 +220,8 @@ def _absorbed(layer: Any, handed: HandOver, nope: Tensor, rope: Tensor, latents:
 
     pieces = _pieces(layer, handed.forward, nope)
     if len(pieces) == 1:
-        return output(slice(None), handed, latents)
-    latents = unpack(latents, nope.dtype)
-    return torch.cat([output(rows, _part(handed, rows), latents) for rows in pieces], dim=1)
+        return output(slice(None), handed)
+    return torch.cat([output(rows, _part(handed, rows)) for rows in pieces], dim=1)
 
 
 def _pieces(layer: Any, forward: Forward, nope: Tensor) -> list[slice]:

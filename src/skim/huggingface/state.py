@@ -69,8 +69,7 @@ class State:
 class Waiting(NamedTuple):
     """A layer whose new index keys are yet to be made: where they go, and what they are made of."""
 
-    layer: int
-    target: Any  # of the cache
+    target: Any  # the layer of the cache
     indexer: LightningIndexer
     hidden: Tensor
     position_embeddings: tuple[Tensor, Tensor]

@@ -70,16 +70,25 @@ def _packed_keys(packed: Tensor, E: int, paged: bool) -> Quantised:
     return (values.unflatten(-1, (page, E)), scale) if paged else (values, scale[..., 0])
 
 
+def _values_and_scale(name: str, value: Union[Tensor, Quantised]) -> tuple[Tensor, Optional[Tensor]]:
+    """A tensor and no scale, or the pair that came."""
+    if not isinstance(value, tuple):
+        return value, None
+    if len(value) != 2:
+        raise TypeError(f"{name}: expected a tensor or a pair (values, scale), got a tuple of {len(value)}")
+    return value
+
+
 def expect_index_inputs(
     q_index: Union[Tensor, Quantised], k_index: Union[Tensor, Quantised], weights: Tensor, *, paged: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
     """The index tensors, their shapes checked: q `[B, T, J, E]`, k `[B, S, E]` or pages `[P, page, E]`, weights `[B, T, J]`, and the FP8 scales."""
     keys = ("P", "page", "E") if paged else ("B", "S", "E")
-    q, q_scale = q_index if isinstance(q_index, tuple) else (q_index, None)
+    q, q_scale = _values_and_scale("q_index", q_index)
     B, T, J, E = expect_tensor("q_index", q, "BTJE").shape
     if isinstance(k_index, Tensor) and k_index.dtype == torch.uint8:
         k_index = _packed_keys(k_index, E, paged)
-    k, k_scale = k_index if isinstance(k_index, tuple) else (k_index, None)
+    k, k_scale = _values_and_scale("k_index", k_index)
     k, weights = expect_tensor("k_index", k, keys), expect_tensor("weights", weights, "BTJ")
     expect_shape("k_index", k, (k.shape[0] if paged else B, k.shape[1], E), keys)
     expect_shape("weights", weights, (B, T, J), "BTJ")

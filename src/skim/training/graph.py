@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -25,12 +26,12 @@ class Captured:
     def __init__(self, work: Callable[[Tensors], Tensors], inputs: Tensors) -> None:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         self.graph = torch.cuda.CUDAGraph()
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, pool=pool):
                 self.outputs = work(self.inputs)
         except RuntimeError:
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())  # the old one waits for the end of a capture
+            _abandon(pool, stream)
             raise
 
     def __call__(self, inputs: Tensors) -> Tensors:
@@ -38,3 +39,13 @@ class Captured:
             self.inputs[name].copy_(value)
         self.graph.replay()
         return {name: value.clone() for name, value in self.outputs.items()}  # the next call overwrites them
+
+
+def _abandon(pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+    """Undo what a capture that failed leaves in force: its stream, and what waits for its end, the allocator and random numbers."""
+    torch.cuda.set_stream(stream)
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # PyTorch 2.12 does this itself; before, the next empty_cache() would fail
+        torch._C._cuda_endAllocateToPool(device, pool)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())

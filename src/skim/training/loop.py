@@ -278,10 +278,12 @@ def _try(model: Any, data: Rows, recipe: Recipe, accelerator: Any, configs: dict
         stage = Stage(model, recipe, accelerator, _first(data, recipe, accelerator), configs)
         for step in range(PROBE_STEPS):
             began = time.perf_counter()
-            stage.step(step, _batches(data, recipe, accelerator, step))
+            batches = _batches(data, recipe, accelerator, step)
+            stage.step(step, batches)
             if cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
+        stage.kept_mass(batches[0])  # with memory of its own: a captured step keeps what it took
     finally:
         if stage is not None:
             stage.close()

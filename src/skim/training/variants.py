@@ -68,7 +68,7 @@ class Variants:
                 made[number].float().requires_grad_()
             self.indexers[name] = made
             self.configs[name] = replace(config, rope_dim=next(iter(made.values())).rope_dim)
-        self.losses: dict[str, list[Tensor]] = {name: [] for name in configs}
+        self.losses: dict[str, list[Tensor]] = {}
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """A variant's parameters by name."""
@@ -76,8 +76,8 @@ class Variants:
 
     @contextlib.contextmanager
     def learning(self, factor: float) -> Iterator[None]:
-        """Within this the model's forward passes add to the variants' gradients, each loss times `factor`, and to `losses`."""
-        self.factor = factor
+        """Within this the model's forward passes add to the variants' gradients, each loss times `factor`, and to `losses`, empty before."""
+        self.factor, self.losses = factor, {name: [] for name in self.indexers}  # a capture that failed may have left some
         hooks = [layer.register_forward_pre_hook(self._see, with_kwargs=True) for layer in indexed_layers(self.model).values()]
         try:
             with use(self.model, selector=self):
@@ -103,8 +103,8 @@ class Variants:
             self.losses[name].append(loss.detach())
 
     def take_loss(self, name: str) -> Tensor:
-        """Mean loss of a variant's indexers over the forward passes since the last call."""
-        losses, self.losses[name] = self.losses[name], []
+        """Mean loss of a variant's indexers over the forward passes of the last `learning`."""
+        losses = self.losses.pop(name)
         layers = sum(self.served.values())
         return torch.stack(losses).sum() * layers / (len(losses) * len(self.indexers[name]))
 

@@ -36,7 +36,7 @@ from skim.ops.workspace import chunks, unscaled
 LOG2E = tl.constexpr(1.4426950408889634)
 STAGES = tl.constexpr(2)  # of the loops that load keys
 
-PARTS = 8  # sums over queries that are made side by side, so that many programs share few keys
+PARTS = 8  # sums over queries that are made side by side at most, so that many programs share few keys
 
 LARGEST = 16384  # indexer heads times channels, each a power of two: what a program accumulates of one query
 
@@ -303,7 +303,8 @@ def align(
         else:
             lse = attend(q, k, None, indices[:, :, None], values, scale, None, workspace_mb)[1]
     lse = (lse.float() * LOG2E.value + log2(H)).contiguous()
-    seen = (end.clamp(max=S) > start.clamp(min=0) if indices is None else indices.amax(-1) >= 0).contiguous()
+    end = end.clamp(max=S)  # keys behind the last would count as zeros
+    seen = (end > start.clamp(min=0) if indices is None else indices.amax(-1) >= 0).contiguous()
     rows = seen.sum().clamp(min=1).float()
     start, end = start.contiguous(), end.contiguous()
 
@@ -329,12 +330,12 @@ def align(
         )  # fmt: skip
 
     if indices is None:
-        parts = torch.zeros(PARTS, B, S, E, dtype=torch.float32, device=q.device)
-        for part in chunks(all_tiles, tile.queries * S * keys.itemsize, workspace_mb):
+        parts, left = _sums(keys, workspace_mb)
+        for part in chunks(all_tiles, tile.queries * S * keys.itemsize, left):
             gaps = torch.empty((part.stop - part.start) * tile.queries, S, dtype=both, device=q.device)
             launch(part, None, None, gaps, (None, None, None))
-            across = triton.cdiv(min(tiles, part.stop - part.start), PARTS)
-            key_gradients[(triton.cdiv(S, tile.keys), PARTS, B)](
+            across = triton.cdiv(min(tiles, part.stop - part.start), len(parts))
+            key_gradients[(triton.cdiv(S, tile.keys), len(parts), B)](
                 gaps, query, finite, w, start, end, seen, parts, part.start, part.stop, T, S, tiles, across,
                 *query.stride()[:3], *padded, tile.queries, tile.keys, num_warps=tile.warps, enable_fp_fusion=True,
             )  # fmt: skip
@@ -351,6 +352,13 @@ def align(
     dw = torch.where(seen[..., None], torch.linalg.vecdot(dq, query.float()) * weight_scale, 0.0)
     dq, dk = dq * w[..., None], dk / (rows * gain)
     return total, dq.to(unscaled(q_index.dtype)), dk.to(unscaled(k_index.dtype)), dw.to(unscaled(weights.dtype))
+
+
+def _sums(keys: Tensor, workspace_mb: int) -> tuple[Tensor, int]:
+    """Zeros `[parts, B, S, E]` for the keys' gradients, and how many MiB of the workspace are left: what all parts but one take is half at most."""
+    size = 4 * keys.numel()
+    more = min(PARTS - 1, (workspace_mb << 19) // max(1, size))
+    return torch.zeros(1 + more, *keys.shape, dtype=torch.float32, device=keys.device), workspace_mb - (more * size >> 20)
 
 
 def _unit(q: Tensor, w: Tensor, seen: Tensor, gain: float) -> Tensor:

@@ -71,10 +71,10 @@ def _walk(COUNTS, START, END, tile, first, b, t, T, S, width, selection, R: tl.c
         list_row = tile.to(tl.int64) * R + selection
     else:
         low = tl.load(START + b * T + t, mask=t < T, other=S)
-        high = tl.load(END + b * T + t, mask=t < T, other=0)
+        high = tl.minimum(tl.load(END + b * T + t, mask=t < T, other=0), S)  # keys behind the last would count as zeros
         seen = low < high
         begin = tl.maximum(tl.min(tl.where(seen, low, S)), 0)
-        end = tl.minimum(tl.max(tl.where(seen, high, 0)), S)
+        end = tl.max(tl.where(seen, high, 0))
         list_row = b
     return low, high, begin, end, list_row
 

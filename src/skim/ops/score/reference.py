@@ -73,7 +73,8 @@ def bounds(start: Tensor, end: Tensor, S: int) -> tuple[int, int]:
     seen = end > start
     if not bool(seen.any()):
         return 0, 0
-    return max(0, int(start[seen].min())), min(S, int(end[seen].max()))
+    low = max(0, int(start[seen].min()))
+    return low, max(low, min(S, int(end[seen].max())))
 
 
 def visible_mask(start: Tensor, end: Tensor, low: int, high: int) -> Tensor:
