@@ -50,7 +50,8 @@ def attention(shape: tuple[int, int, int, int], T: int, processors: int) -> Iter
 
 
 def attend(capability: int) -> Iterator[Call]:
-    for shape in ((32, 2, 128, 128), (32, 8, 128, 128), (9, 3, 64, 64), (16, 16, 128, 128)):
+    others = () if capability == 89 else ((32, 8, 128, 128), (16, 16, 128, 128))  # sm_89 has the limits of sm_120, which compiles all
+    for shape in ((32, 2, 128, 128), (9, 3, 64, 64), *others):
         yield from named(shape, attention(shape, 64, 1))
     shape = 32, 2, 128, 128
     yield from named(shape, ((f"{name}, decode", call) for name, call in attention(shape, 1, 132) if "backward" not in name))
@@ -65,7 +66,7 @@ def latent(capability: int) -> Iterator[Call]:
     yield from named(shape, attention(shape, 64, 1))
     yield from named(shape, ((f"{name}, decode", call) for name, call in attention(shape, 1, 132) if "backward" not in name))
     kernels = import_module("skim.ops.attend.triton")
-    for H, (T, processors, suffix) in product((128, 16), ((64, 1, ""), (1, 132, ", decode"))):
+    for H, (T, processors, suffix) in product((16,) if capability == 89 else (128, 16), ((64, 1, ""), (1, 132, ", decode"))):
         q, k = empty(1, T, H, 576), empty(1, 4096, 1, 656, dtype=torch.uint8)
         for name, reads in (("attend", (zeros(1, T, 1, 512),)), ("attend_dense", (zeros(1, T), zeros(1, T)))):
             call = partial(getattr(kernels, name), q, k, None, *reads, 512, 0.1, None, 64)

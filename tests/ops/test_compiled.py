@@ -30,7 +30,7 @@ SPILLS = [
     (r"sm_80 32/[28] 128 attend_backward backward union", 192, "128 rows, twice as wide as the registers hold with sm_80's instructions"),
     (r"sm_120 16/16 128 attend_dense forward dense", 128, "128 rows in 4 warps"),
     (r"sm_(80|120) .* align (sparse|dense) kernel", 64, "the sums over keys of 16 queries fill the registers"),
-    (r"sm_80 16/1 656 attend forward rows", 64, "keys as they are unpacked fill the registers beside 16 rows of 576 channels"),
+    (r"sm_80 16/1 656 attend", 96, "keys as they are unpacked fill the registers beside 16 rows of 576 channels"),
     (r" (32/8|16/16) 128 attend", 64, "addresses in 64 bits beside what fills the registers"),
     (r"select of 2048 choose_kernel", 1024, "holds the candidates of a row in registers"),
     (r"select of 8192 with scores choose_kernel", 2048, "holds the candidates of a row in registers"),

@@ -229,8 +229,7 @@ def test_under_another_pattern_it_is_as_if_the_model_had_been_converted_with_it(
 VARIANTS = {"small": {"index_n_heads": 2, "index_head_dim": 8}, "turned": {"rope_dim": 4, "rope_layout": "interleaved"}}
 
 
-@pytest.mark.parametrize("pattern", ["S", "SR"])
-@pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "clip": 0.1}])
+@pytest.mark.parametrize(("pattern", "changes"), [("S", {}), ("SR", {"accumulate": 2, "clip": 0.1})])
 def test_several_configurations_are_trained_in_one_pass_as_each_would_be_alone(rows, tmp_path, pattern, changes):
     together = train(converted(pattern=pattern), rows, recipe(steps=12, **changes), out=tmp_path / "together", variants=VARIANTS)
     for name, fields in ({"own": {}} | VARIANTS).items():
