@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import sys
 import time
 import traceback
@@ -37,7 +35,7 @@ import skim
 from skim.bench.baselines import BACKENDS
 from skim.bench.measure import Measured, measure
 from skim.bench.roofs import Roofs, measured_roofs
-from skim.bench.runner import machine
+from skim.bench.runner import machine, write_json
 from skim.modules import LightningIndexer
 from skim.modules.rope import frequencies, rotate
 from skim.ops import codec
@@ -572,9 +570,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = run(torch.device(arguments.device), arguments.quick)
     if arguments.json:
-        temporary = arguments.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, arguments.json)
+        write_json(arguments.json, result)
     if arguments.plot:
         plot(result, arguments.plot)
 

@@ -12,7 +12,6 @@ Rows: what score.py knows as H1 to H9; "variants" are for the log, "dense" is wh
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 
 import skim
 from skim.bench.measure import measure
-from skim.bench.runner import machine
+from skim.bench.runner import machine, write_json
 from skim.bench.selections import selection
 from skim.ops.codec import LATENT_BLOCK, pack_latent, quantise
 from skim.ops.dispatch import processors
@@ -526,15 +525,8 @@ def main() -> None:
             print(shown(found, rate), flush=True)
         rates[part] = [rate / 1e12, matmul_rate() / 1e12]
         if args.json:
-            write(args.json, {**about, "matmul_tflops": rates, "rows": rows})
+            write_json(args.json, {**about, "matmul_tflops": rates, "rows": rows})
         torch.cuda.empty_cache()
-
-
-def write(path: Path, result: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from skim.bench.runner import machine
+from skim.bench.runner import machine, write_json
 from skim.evaluation.texts import read_text
 from skim.training import checkpoint
 
@@ -152,9 +152,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     result = {**machine(torch.device("cpu")), "command": "python benchmarks/killed.py --json FILE", "rows": rows}
     if arguments.json:
-        temporary = arguments.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, arguments.json)
+        write_json(arguments.json, result)
     if any(row["corrupt"] or row["differences"] for row in rows):
         sys.exit("a kill left something corrupt, or changed how the run ended")
 

@@ -23,7 +23,6 @@ import gc
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -39,7 +38,7 @@ import torch
 from torch import Tensor
 
 import skim
-from skim.bench.runner import machine
+from skim.bench.runner import machine, write_json
 from skim.evaluation import Interval, Reading, Window, agreement, equal_budget, paired_t, readings, retrieve
 from skim.huggingface import LayerInputs, load_model
 from skim.huggingface.attention import everything
@@ -230,7 +229,7 @@ class Lab:
             found = self.jobs[name]()
             gc.collect()
             seconds = time.perf_counter() - began
-            write(file, {"job": name, **machine(self.device), "seconds": seconds, **found})
+            write_json(file, {"job": name, **machine(self.device), "seconds": seconds, **found})
             print(f"{name:<28} {seconds:7.1f} s  {brief(found)}", flush=True)
         return json.loads(file.read_text())
 
@@ -690,13 +689,6 @@ def brief(found: Row) -> str:
     return "  ".join(told)
 
 
-def write(file: Path, value: Row) -> None:
-    """Under a temporary name first, so that no half result is ever found."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, file)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path(".corpus"), help="what `corpus.py build` wrote (default: %(default)s)")
@@ -729,8 +721,7 @@ def main() -> None:
                 traceback.print_exc()
                 failed.append(name)
     if args.report and not args.list:
-        args.report.parent.mkdir(parents=True, exist_ok=True)
-        write(args.report, Report(lab).whole())
+        write_json(args.report, Report(lab).whole())
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

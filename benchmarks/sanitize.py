@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -37,7 +36,7 @@ from torch import Tensor
 
 import skim
 from skim.bench.gather import ROWS, WIDTH, gather
-from skim.bench.runner import machine
+from skim.bench.runner import machine, write_json
 from skim.ops import codec, dispatch
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -360,15 +359,8 @@ def main() -> None:
     for tool, result in results.items():
         print(f"{tool}: {'clean' if result['clean'] else result['errors'] or 'did not end'}, of others: {result['of_others']}")
     if args.json:
-        write(args.json, {**machine(DEVICE), "sanitizer": version, "kernels": launched, "tools": results})
+        write_json(args.json, {**machine(DEVICE), "sanitizer": version, "kernels": launched, "tools": results})
     sys.exit(not all(result["clean"] for result in results.values()))
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import copy
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import skim
-from skim.bench.runner import machine
+from skim.bench.runner import machine, write_json
 from skim.evaluation import readings
 from skim.huggingface.convert import attach
 from skim.training import Recipe, Rows, prepare, stage, train
@@ -181,9 +180,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = {**run(QUICK if arguments.quick else Plan(), torch.device(arguments.device)), "quick": arguments.quick}
     if arguments.json:
-        temporary = arguments.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, arguments.json)
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

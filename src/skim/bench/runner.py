@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import platform
 import subprocess
@@ -90,6 +91,14 @@ def run(
             rows.append({"case": model, **row})
             report(line(rows[-1]))
     return result
+
+
+def write_json(path: Path, result: Any) -> None:
+    """A result as a file, under a temporary name first, so that no half of it is ever found."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from skim.ops.checks import SCALE_BYTES
 from skim.ops.dispatch import call, run
 
-SCALE_BYTES = 4
 LATENT, LATENT_BLOCK, ROPE = 512, 128, 64  # channels of DeepSeek's latent cache, those that share a scale, rotated ones
 
 
