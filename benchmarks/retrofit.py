@@ -52,7 +52,7 @@ Job = Callable[[], Row]
 SEEDS = (0, 1, 2)
 LOSSES = ("distill", "lm")
 TRAININGS = (("sparse", "distill"), ("sparse", "lm"), ("dense", "lm"))
-RATES = (2e-5, 5e-5, 1e-4)  # of the sparse stage and of the dense control alike
+RATES = (5e-5, 1e-4, 2e-4)  # of the sparse stage and of the dense control alike
 SHARES = (8, 16, 32, 64)  # budgets are the window over these
 RULES = ("sinks", "window", "blocks")
 WINDOWS_OF_A_DOMAIN = 10  # held-out windows that are read, so that no domain outweighs the others
@@ -61,7 +61,8 @@ RANDOM_WINDOWS = 2  # drawing keys by lot is slow, and what it costs is no close
 RETRIEVAL_DEPTHS, RETRIEVAL_SAMPLES = 5, 10
 RETRIEVAL_SHARES = (8, 4)  # prompts are the window over these
 ADAPTIVE_MASSES = (0.85, 0.9, 0.95)  # between the window over 128 keys and the largest budget
-INDEXERS = ((4, 64), (1, 64), (2, 64), (8, 64), (4, 32), (4, 128))  # heads and channels, compared after a third of the steps
+INDEXER_STEPS = 300  # a sixth of the warm-up tells them apart
+INDEXERS = ((4, 64), (1, 64), (2, 64), (8, 64), (4, 32), (4, 128))  # heads and channels
 FIRST, FEW = 4, 128  # kept tokens of the ablation: the first 4, the last window / 128
 ANSWER = 96  # tokens of an answer in a chat
 EXCERPT = 192  # tokens of a text that a chat is about
@@ -329,9 +330,9 @@ class Lab:
         return {"rows": rows} | places(windows)
 
     def indexer(self, heads: int, channels: int) -> Row:
-        """Indexers of another size, after a third of the steps."""
-        steps = max(1, (self.recipe("warmup").resolved(chat=False, accelerated=True).steps or 3) // 3)
-        folder = self.warm(heads=heads, channels=channels, steps=steps)
+        """Indexers of another size, after the first part of a warm-up."""
+        whole = self.recipe("warmup").resolved(chat=False, accelerated=True).steps
+        folder = self.warm(heads=heads, channels=channels, steps=min(INDEXER_STEPS, whole or INDEXER_STEPS))
         return {"training": training(folder)} | self.measured(folder, self.budgets[1:], ("dsa",))
 
     def adaptive(self) -> Row:

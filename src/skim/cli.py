@@ -40,7 +40,7 @@ Data = Annotated[
 ]
 Out = Annotated[str | None, typer.Option(help="A new folder; by default skim-MODEL-STAGE here.")]
 Budget = Annotated[int | None, typer.Option(min=1, help="Keys that each query reads.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps: 900 in the warm-up, 200 in the sparse stage.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps: 1800 in the warm-up, 400 in the sparse stage.")]
 Length = Annotated[int | None, typer.Option(min=2, help="Tokens of a row; by default what the model can read, 8192 at most.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Rows of a forward pass.")]
 Accumulate = Annotated[int | None, typer.Option(min=1, help="Forward passes of a step.")]

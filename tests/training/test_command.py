@@ -44,7 +44,7 @@ def test_both_stages_one_after_the_other(tiny, tmp_path, capsys):
 
 def test_a_dry_run_writes_no_folder(tiny, tmp_path, capsys):
     assert tiny("train", "warmup", "model", "--data", "texts", "--budget", "16", "--length", "96", "--dry-run") == 0
-    assert "900 steps of 96 tokens" in capsys.readouterr().out
+    assert "1,800 steps of 96 tokens" in capsys.readouterr().out
     assert not (tmp_path / "skim-model-warmup").exists()
 
 

@@ -15,9 +15,9 @@ from skim.training.verdict import fifths, verdict
 
 def test_defaults_depend_on_stage_model_and_device():
     warm = Recipe().resolved(chat=True, accelerated=True)
-    assert (warm.steps, warm.index_lr, warm.clip, warm.loss, warm.precision) == (900, 1e-2, 0.0, None, "bf16")
+    assert (warm.steps, warm.index_lr, warm.clip, warm.loss, warm.precision) == (1800, 1e-2, 0.0, None, "bf16")
     sparse = Recipe("sparse").resolved(chat=True, accelerated=False)
-    assert (sparse.steps, sparse.lr, sparse.index_lr, sparse.clip, sparse.loss, sparse.precision) == (200, 2e-5, 1e-3, 1.0, "distill", "fp32")
+    assert (sparse.steps, sparse.lr, sparse.index_lr, sparse.clip, sparse.loss, sparse.precision) == (400, 2e-5, 1e-3, 1.0, "distill", "fp32")
     assert Recipe("sparse", lora=8).resolved(chat=False, accelerated=True).lr == 2e-4
     assert Recipe("sparse").resolved(chat=False, accelerated=True).loss == "lm"
     assert Recipe("sparse", lr=1.0, loss="lm", clip=0.0, steps=3).resolved(chat=True, accelerated=True).lr == 1.0

@@ -20,7 +20,7 @@ class Recipe:
     Attributes:
         stage: "warmup" trains the indexers on the dense attention of a frozen model, "sparse" goes on with the
             selection on.
-        steps: optimizer steps; 900 in the warm-up, 200 in the sparse stage.
+        steps: optimizer steps; 1800 in the warm-up, 400 in the sparse stage.
         length: tokens of a row.
         batch: rows of a forward pass on each device.
         accumulate: forward passes of a step.
@@ -97,7 +97,7 @@ class Recipe:
         """
         warm = self.stage == "warmup"
         defaults: dict[str, Any] = {
-            "steps": 900 if warm else 200,
+            "steps": 1800 if warm else 400,
             "index_lr": 1e-2 if warm else 1e-3,
             "clip": 0.0 if warm else 1.0,
             "precision": "bf16" if accelerated else "fp32",
