@@ -1,6 +1,7 @@
 """Compiles every kernel for a GPU that is not here, as the operators would launch it, and prints what came out as JSON.
 
-    python tests/ops/compilations.py CAPABILITY OPERATOR...        (attend, latent, hopper, score, select, align, codec)
+    python tests/ops/compilations.py CAPABILITY OPERATOR...
+        (attend, latent, latent_backward, hopper, hopper_score, score, select, align, codec)
 
 Kernels must not be interpreted here, so this is a program of its own: TRITON_INTERPRET may not be set.
 """
@@ -74,6 +75,14 @@ def latent(capability: int) -> Iterator[Call]:
             yield f"{H}/1 656 {name}{suffix}", pretend(call)
 
 
+def latent_backward(capability: int) -> Iterator[Call]:
+    """Gradients of MLA over selections."""
+    kernels = import_module("skim.ops.attend.triton")
+    for H, D in ((128, 576), (64, 512)):
+        q, k, out, lse = empty(1, 64, H, D), empty(1, 4096, 1, D), empty(1, 64, H, 512), empty(1, 64, H, dtype=torch.float32)
+        yield f"{H}/1 {D} attend_backward", partial(kernels.attend_backward, out, lse, q, k, None, zeros(1, 64, 1, 512), None, out, lse, 512, 0.1, 64)
+
+
 def hopper(capability: int) -> Iterator[Call]:
     """MLA in Gluon: a query's heads fill the rows of a program, or neighbours share a union; 656 channels are the bytes of packed latents."""
     kernels, unions = import_module("skim.ops.attend.hopper"), import_module("skim.ops.attend.union")
@@ -85,6 +94,17 @@ def hopper(capability: int) -> Iterator[Call]:
             for module in (kernels, unions):
                 call = mock.patch.object(module, "processors", lambda device: 132)(call)
             yield f"{H}/1 {D} {name}{', decode' if T == 1 else ''}", call
+
+
+def hopper_score(capability: int) -> Iterator[Call]:
+    """FP8 index scores in Gluon: all heads of 4 to 16 queries fill the columns of a program."""
+    kernels = import_module("skim.ops.score.hopper")
+    T, S = 264, 4096
+    for J, E in ((64, 128), (64, 64), (32, 128), (17, 64), (8, 128)):
+        q, k = empty(1, T, J, E, dtype=torch.float8_e4m3fn), empty(1, S, E, dtype=torch.float8_e4m3fn)
+        scales = empty(1, T, J, dtype=torch.float32), empty(1, S, dtype=torch.float32)
+        call = partial(kernels.index_scores, q, k, empty(1, T, J), *scales, zeros(1, T), zeros(1, T), 64)
+        yield f"{J}x{E} index_scores", mock.patch.object(kernels, "processors", lambda device: 132)(call)
 
 
 def named(shape: tuple[int, int, int, int], calls: Iterable[Call]) -> Iterator[Call]:
@@ -141,7 +161,12 @@ def select(capability: int) -> Iterator[Call]:
             yield f"{name} select of 8192 with scores", partial(kernels.select, *inputs, *interval, 8192, 1, 1, True, 512)
     for name, inputs, table in cached(T):
         yield f"{name} select of 64", partial(kernels.select, *inputs, *interval, 64, 0, 0, False, 512, table)
-    yield "top_k of 2048", partial(kernels.top_k, empty(T, S, dtype=torch.float32), zeros(T), zeros(T), 2048)
+    for rows in (T, 2 * T):  # few, that are split over programs, and many, that have one each
+        yield f"top_k of 2048, {rows} rows", partial(kernels.top_k, empty(rows, S, dtype=torch.float32), zeros(rows), zeros(rows), 2048)
+    if capability == 90:
+        hopper = import_module("skim.ops.select.hopper")
+        scores = empty(T, S, dtype=torch.float32), zeros(T), zeros(T), empty(T, dtype=torch.float32)
+        yield "lse of scores", partial(hopper.lse_kernel[(T,)], *scores, S, BLOCK=hopper.BLOCK, num_warps=8)
 
 
 def align(capability: int) -> Iterator[Call]:

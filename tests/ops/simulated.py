@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import ConstexprFunction, JITFunction
 
 PATIENCE = 20.0  # seconds that a wait may last
-THREADS = 128  # of a group of four warps
-here = threading.local()  # .program, .programs, .copies of the running thread
+here = threading.local()  # .program, .programs, .copies of the running thread, and .threads of the group that it is
 
 
 @dataclass
@@ -110,7 +110,7 @@ def _hesitate() -> None:
 
 
 def _copy(into: Shared, source: Pointer, mask: Any = None) -> None:
-    into.data.fill_(math.nan)
+    into.data.fill_(math.nan if into.dtype.is_floating_point else -1)  # words of bfloat16 are NaN too
     here.copies.append((into, source, mask))
 
 
@@ -120,12 +120,14 @@ def _arrive_with_copies(barrier: Barrier, increment_count: bool = True) -> None:
     for into, source, mask in here.copies:
         into.data.copy_(_load(source, mask, 0))
     here.copies = []
-    barrier.arrive(THREADS)
+    barrier.arrive(here.threads)
 
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
     mask, offset = pointer.where(mask)
     found = pointer.base[offset] if pointer.base.numel() else torch.zeros(offset.shape, dtype=pointer.base.dtype)
+    if found.dtype == torch.float8_e4m3fn:  # of which torch has no `where` on a CPU
+        return torch.where(mask, found.float(), float(other)).to(found.dtype)
     return torch.where(mask, found, torch.as_tensor(other, dtype=found.dtype))
 
 
@@ -146,6 +148,41 @@ def _multiply(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool 
     return product
 
 
+def _reinterpret(x: Shared, dtype: torch.dtype, shape: tuple[int, ...], layout: Any) -> Shared:
+    found = Shared(x.data.view(dtype))
+    assert found.data.shape == torch.Size(shape)
+    return found
+
+
+def _split(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The parts of each number's bits, lowest first, as numbers of a smaller dtype."""
+    return list(x.unsqueeze(-1).contiguous().view(dtype).unbind(-1))
+
+
+INSTRUCTIONS: dict[str, Callable[..., Any]] = {
+    "mov.b32": lambda x: _split(x, torch.int16),
+    "cvt.rn.f16x2.e4m3x2": lambda x: torch.stack([code.half() for code in _split(x, torch.float8_e4m3fn)], -1).view(torch.int32).squeeze(-1),
+    "cvt.f32.f16": lambda x: x.view(torch.float16).float(),
+    "mul.f32": torch.mul,
+    "cvt.rn.bf16x2.f32": lambda high, low: torch.stack((low, high), -1).bfloat16().view(torch.int32).squeeze(-1),
+}
+
+
+def _assemble(asm: str, constraints: str, args: list[Tensor], dtype: tuple[torch.dtype, ...], is_pure: bool, pack: int) -> tuple[Tensor, ...]:
+    """What lines of PTX make of each element of `args`."""
+    assert is_pure and pack == 1
+    outputs = constraints.count("=")
+    registers: dict[str, Any] = {f"${outputs + i}": x for i, x in enumerate(torch.broadcast_tensors(*args))}
+    for line in asm.strip().strip("{}").split(";"):
+        name, _, operands = line.strip().partition(" ")
+        if name and name != ".reg":
+            names = re.findall(r"[\w$]+", operands)
+            into = len(names) - 1 if "{" in operands else 1
+            found = INSTRUCTIONS[name](*(registers[x] for x in names[into:] if into == 1 or x == names[-1]))
+            registers.update(zip(names[:into], found if into > 1 else [found]))
+    return tuple(registers[f"${i}"] for i in range(outputs))
+
+
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     if dtype == torch.int64:  # barriers
         return Barrier() if len(shape) == 1 else Shared([Barrier() for _ in range(shape[0])])  # type: ignore[arg-type]
@@ -155,14 +192,14 @@ def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
 def _specialise(groups: list[tuple[Callable[..., None], tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
     failures: list[BaseException] = []
 
-    def work(program: int, programs: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-        here.program, here.programs, here.copies = program, programs, []
+    def work(program: int, programs: int, warps: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+        here.program, here.programs, here.threads, here.copies = program, programs, 32 * warps, []
         try:
             function(*args)
         except BaseException as error:  # noqa: BLE001  handed to the caller below
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(here.program, here.programs, *group), daemon=True) for group in groups]
+    threads = [threading.Thread(target=work, args=(here.program, here.programs, n, *group), daemon=True) for n, group in zip((4, *warps), groups)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -180,12 +217,16 @@ def _nothing(*args: Any, **options: Any) -> None:
 
 
 LANGUAGE = SimpleNamespace(
-    **{name: getattr(torch, name) for name in ("uint8", "int32", "int64", "float32", "bfloat16", "float16", "where", "maximum", "exp2", "log2")},
+    **{name: getattr(torch, name) for name in ("uint8", "int32", "int64", "float32", "bfloat16", "float16")},
+    **{name: getattr(torch, name) for name in ("abs", "exp2", "log2", "permute", "where")},
+    maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
+    minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
     constexpr=None,
     float8e4nv=torch.float8_e4m3fn,
     cast=lambda x, dtype, bitcast=False: x.view(dtype) if bitcast else x.to(dtype),
     join=lambda a, b: torch.stack((a, b), -1),
     reshape=lambda x, shape: x.reshape(shape),
+    BlockedLayout=_nothing,
     SliceLayout=_nothing,
     DotOperandLayout=_nothing,
     program_id=lambda axis: torch.tensor(here.program, dtype=torch.int32),
@@ -200,6 +241,7 @@ LANGUAGE = SimpleNamespace(
     max=lambda x, axis: x.amax(axis),
     min=lambda x, axis: x.amin(axis),
     sum=lambda x, axis: x.sum(axis),
+    inline_asm_elementwise=_assemble,
     load=_load,
     store=_store,
     allocate_shared_memory=_allocate,
@@ -218,6 +260,7 @@ NAMES = {
     "mbarrier": MBARRIER,
     "async_copy": SimpleNamespace(mbarrier_arrive=_arrive_with_copies),
     "copy": _copy,
+    "reinterpret": _reinterpret,
     **WAIT,
 }
 
@@ -240,6 +283,8 @@ class Simulated:
                 self.globals[name] = _python(value, self.globals)
             elif isinstance(value, gl.constexpr):
                 self.globals[name] = value.value
+            elif isinstance(value, ConstexprFunction):  # layouts
+                self.globals[name] = _nothing
         self.globals |= NAMES
         self.kernel = _python(kernel, self.globals)
 

@@ -17,22 +17,24 @@ SHARED = {80: 163, 89: 99, 90: 227, 120: 99}  # KiB of shared memory that a prog
 HALVES = [("attend", "latent"), ("score", "select", "align", "codec")]  # about as much work
 
 # Of kernels in the form "sm_90 32/2 128 attend forward union": heads/key heads, channels, call, kernel.
-WITHOUT_PRODUCTS = r"(unite|prepare|combine|threshold_kernel|choose_kernel|_quantise|_dequantise|_hadamard|_rotate|_index_keys)$|top_k"
+WITHOUT_PRODUCTS = r"(unite|prepare|combine|last_reads|(threshold|choose|lse)_kernel|_quantise|_dequantise|_hadamard|_rotate|_index_keys)$|top_k"
 FLOAT32 = r"index_scores_backward"  # exact products: matrix units have none
 FEW_ROWS = r" (?!128/1)\S+ \d+ attend.*( rows$|decode)| 16/16 .* union$| 128/1 .*_backward"  # a warp group multiplies 64 rows at least
 
 # The kernels that may spill, how many bytes at most, and why; all others may not.
 SPILLS = [
-    (r"sm_90 .* attend(_dense)? forward (union|dense)", 320, "128 registers, so that two programs share a processor: measured 20 % faster"),
+    (r"sm_90 .* attend(_dense)? forward( union|_dense)", 320, "128 registers, so that two programs share a processor: measured 20 % faster"),
     (r"attend_backward, deterministic backward union", 192, "adds 64-bit integers"),
     (r" 128/1 576 attend", 896, "a query's rows of 576 channels and what they sum fill the registers"),
     (r"sm_90 (128|16)/1 656 attend", 1088, "64 rows with Triton 3.9 (8 bytes with 3.6); bfloat16 queries take the Gluon kernel"),
     (r"sm_80 32/[28] 128 attend_backward backward union", 192, "128 rows, twice as wide as the registers hold with sm_80's instructions"),
-    (r"sm_120 16/16 128 attend_dense forward dense", 128, "128 rows in 4 warps"),
-    (r"sm_(80|120) .* align (sparse|dense) kernel", 64, "the sums over keys of 16 queries fill the registers"),
+    (r"sm_120 16/16 128 attend_dense forward_dense", 128, "128 rows in 4 warps"),
+    (r"sm_(80|120) .* align (sparse sparse|dense dense)", 96, "the sums over keys of 16 queries fill the registers"),
+    (r"sm_90 9/3 64 4x64 align dense dense", 128, "with Triton 3.9 (none with 3.6): two programs share a processor"),
     (r"sm_80 16/1 656 attend", 96, "keys as they are unpacked fill the registers beside 16 rows of 576 channels"),
     (r" (32/8|16/16) 128 attend", 64, "addresses in 64 bits beside what fills the registers"),
     (r"select of 2048 choose_kernel", 1024, "holds the candidates of a row in registers"),
+    (r"top_k of 2048, \d+ rows choose(_row)?_kernel", 896, "holds the candidates of a row in registers"),
     (r"select of 8192 with scores choose_kernel", 2048, "holds the candidates of a row in registers"),
     (r"exhaustive_kernel", 64, "runs for rows only whose sample was of no use"),
     (FLOAT32, 8192, "for tests and drawings; nothing trains through it"),

@@ -14,7 +14,7 @@ from test_compiled import SHARED, found  # noqa: E402
 # Of calls: which may spill, how many bytes at most, and why. Nothing is spilled between matrix products.
 SPILLS = [
     (r"attend_dense|decode", 32, "addresses from task to task"),
-    (r" 656 ", 96, "addresses of the group that gathers, beside the codes on their way"),
+    (r" 656 ", 168, "addresses of the group that dequantises, beside the codes on their way"),
     (r" 656 .*decode", 640, "addresses of the outputs' parts, between tasks"),
 ]
 

@@ -13,7 +13,7 @@ from skim.ops import align, attend, attend_dense, codec, dispatch, index_scores,
 from skim.ops.dispatch import IMPLEMENTATIONS, OPERATORS, choice, implementation, run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-SOME = {"numba": ("select", "attend"), "hopper": ("attend",)}  # the operators that have these; all have the reference and Triton
+SOME = {"numba": ("select", "attend"), "hopper": ("score", "select", "attend")}  # the operators that have these; all have the reference and Triton
 PACKAGE = {"hopper": "triton", "triton": "triton", "numba": "numba", "reference": "torch"}
 
 if util.find_spec("triton"):  # before anything is pretended: kernels are interpreted or not as the environment says when they are defined
@@ -87,7 +87,8 @@ def test_auto_on_sm_90_is_hopper_where_it_has_the_operator_and_knows_the_languag
     triton = pytest.importorskip("triton")
     gpu(9, 0)
     monkeypatch.setattr(triton, "__version__", release)
-    assert {operator: choice(operator, CUDA) for operator in OPERATORS} == {**dict.fromkeys(OPERATORS, "triton"), "attend": expected}
+    assert {choice(operator, CUDA) for operator in SOME["hopper"]} == {expected}
+    assert {choice(operator, CUDA) for operator in OPERATORS if operator not in SOME["hopper"]} == {"triton"}
     if expected == "triton":
         with pytest.raises(ValueError, match=f"impl: 'hopper' cannot run attend on cuda:0: Gluon kernels here need Triton .*, this is {release}"):
             implementation("attend", "hopper", CUDA)

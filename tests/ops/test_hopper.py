@@ -206,6 +206,19 @@ def test_packed_latents(H: int, K: int) -> None:
     check(q, rows_of(k), random_indices(2, T, 1, K, 200))
 
 
+def test_trap_every_code_of_packed_latents() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    k = torch.zeros(1, 5, 1, 656, dtype=torch.uint8)
+    k[:, :2, :, :512] = codes.masked_fill(codes & 0x7F == 0x7F, 0).repeat(2)
+    k[0, 2, 0, 5], k[0, 3, 0, 500] = 0x7F, 0xFF  # the two codes that are no numbers
+    k[0, :4, 0, 512:528] = torch.tensor([[1.0, 2.0**-100, 2.0**100, 0.0], [1e-4, 3.0, 300.0, 1e30], [1.0] * 4, [1.0] * 4]).view(torch.uint8)
+    each = torch.tensor([0, 1, 2, 3, -1]).view(1, 5, 1, 1)  # a query that reads one key gives its values back
+    out, _ = attend(torch.zeros(1, 5, 64, 576, dtype=torch.bfloat16, device=DEVICE), k.to(DEVICE), each)
+    for head in range(64):
+        assert torch.equal(out[0, :2, head].cpu(), packed.unpack(k, torch.bfloat16)[0, :2, 0, :512])
+    assert bool(out[0, 2, :, 5].isnan().all()) and bool(out[0, 3, :, 500].isnan().all()) and bool((out[0, 4] == 0).all())
+
+
 def test_a_pool_of_packed_latents_with_nan_in_slots_that_nobody_reads() -> None:
     q, k = latents(2, 64, 576, 200)
     indices = random_indices(2, T, 1, 100, 200)

@@ -63,6 +63,41 @@ def test_intervals_some_tiles_at_a_time(tiles: int, parts: int, monkeypatch: pyt
     check(*attention_inputs(B, T, S)[:2], index_inputs(B, T, S), start=start, end=end)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(("H", "G", "D"), [(3, 3, 16), (9, 1, 24), (6, 2, 80)])
+def test_queries_that_stay_on_the_chip(H: int, G: int, D: int, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Hopper where they fit; elsewhere they are loaded for every block of keys."""
+    plan = kernels._dense
+    monkeypatch.setattr(kernels, "_dense", lambda *inputs: plan(*inputs)._replace(kept=kept))
+    start, end = random_interval(B, T, S)
+    check(*attention_inputs(B, T, S, H=H, G=G, D=D)[:2], index_inputs(B, T, S), start=start, end=end)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "H", "G", "D", "kept"),
+    [
+        (90, torch.bfloat16, 9, 3, 64, True),
+        (90, torch.float32, 9, 3, 64, False),
+        (90, torch.bfloat16, 32, 2, 128, False),
+        (80, torch.bfloat16, 9, 3, 64, False),
+    ],
+)
+def test_which_queries_stay_on_the_chip(
+    hardware: int, dtype: torch.dtype, H: int, G: int, D: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "capability", lambda device: hardware)
+    monkeypatch.setattr(kernels, "shared_memory", lambda device: 227 << 10)
+    shapes = (1, 64, H, D), (1, 256, G, D), (1, 64, 4, 64)
+    assert kernels._dense(*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)).kept == kept
+
+
+def test_large_weights_in_float16_stay_finite() -> None:
+    q_index, k_index, weights = index_inputs(B, T, S, dtype=torch.float16)
+    found = results("triton", *attention_inputs(B, T, S)[:2], (q_index, k_index, weights.float() * 100))
+    wanted = results("reference", *attention_inputs(B, T, S)[:2], (q_index, k_index, weights.float() * 100))
+    assert all(error(a, b) < 1e-2 for a, b in zip(found, wanted))
+
+
 def test_intervals_that_reach_beyond_the_keys() -> None:
     start = torch.tensor([[0, -2, 4, 5, -3]], dtype=torch.int32)
     end = torch.tensor([[7, 9, 40, 7, -1]], dtype=torch.int32)

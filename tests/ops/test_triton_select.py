@@ -265,6 +265,68 @@ def test_top_k_of_scores_that_are_there(monkeypatch, S, budget):
         assert indices[row].tolist() == sorted((S - 1 - order[row, :count]).tolist()) + [-1] * (budget - count)
 
 
+def best(scores: Tensor, start: Tensor, end: Tensor, budget: int) -> list[list[int]]:
+    """Per row the keys of the best scores, the last first among equals: infinite as the largest finite, NaN below all."""
+    largest = torch.finfo(torch.float32).max
+    ranked = scores.double().clamp(-largest, largest).nan_to_num(nan=-1e39)
+    rows = []
+    for row, low, high in zip(ranked, start.clamp(min=0).tolist(), end.clamp(max=scores.shape[1]).tolist(), strict=True):
+        order = row[low:high].flip(0).sort(descending=True, stable=True).indices[:budget]
+        rows.append(sorted((high - 1 - order).tolist()))
+    return rows
+
+
+@pytest.fixture
+def many_rows(monkeypatch):
+    """Few rows are many enough for a program each, and rows of some thousand scores are sampled."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "ROW_CAPACITY", 2048)
+    monkeypatch.setattr(kernels, "ROW_SAMPLE", 512)
+
+
+@pytest.mark.parametrize("S, budget", [(1500, 30), (9000, 60), (9001, 60)])
+def test_top_k_of_many_rows(many_rows, S, budget):
+    scores = normal(10, S)
+    scores[1], scores[2], scores[3] = 0.0, -math.inf, math.nan
+    scores[4].clamp_(max=0)
+    scores[4, ::500] = 1.0
+    scores[5] = 1 + 1e-6 * scores[5]
+    scores[6] = scores[6].mul(3).round()
+    scores[7] = torch.linspace(-1, 1, S)  # all candidates are neighbours
+    scores[8, ::3] = math.nan
+    start, end = torch.zeros(10, dtype=torch.int32), torch.full((10,), S, dtype=torch.int32)
+    start[9], end[9] = 37, S - 5
+    for low, high in ((start, end), (start + S // 2, end), (start - 3, torch.arange(10, dtype=torch.int32) * 40)):
+        indices, counts = moved_to("cpu", kernels.top_k(*moved_to(KERNELS, (scores, low, high)), budget))
+        wanted = best(scores, low, high, budget)
+        assert counts.tolist() == [len(row) for row in wanted]
+        assert indices.tolist() == [row + [-1] * (budget - len(row)) for row in wanted]
+
+
+def test_many_rows_whose_sample_misleads(many_rows):
+    S = 9000
+    samples, capacity = kernels.row_sampling(60, S)
+    assert 0 < samples < S and capacity == 2048
+    stratum = torch.arange(samples // 4, dtype=torch.int64)
+    x = stratum * 0x9E3779B1 & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x85EBCA77 & 0xFFFFFFFF
+    stride = -(-S // samples)
+    sampled = ((stratum * stride + (x ^ (x >> 13)) % stride)[:, None] * 4 + torch.arange(4)).flatten()
+    sampled = sampled[sampled < S]
+    scores = normal(2, S).abs()
+    scores[0, sampled] += 10  # nothing else is among the best
+    scores[1, sampled] -= 10  # all the rest are
+    start, end = torch.zeros(2, dtype=torch.int32), torch.full((2,), S, dtype=torch.int32)
+    indices, _ = moved_to("cpu", kernels.top_k(*moved_to(KERNELS, (scores, start, end)), 60))
+    assert indices.tolist() == best(scores, start, end, 60)
+
+
+def test_many_rows_in_chunks(many_rows):
+    scores, start, end = normal(5, 9000), torch.zeros(5, dtype=torch.int32), torch.full((5,), 9000, dtype=torch.int32)
+    whole, parts = (kernels.top_k(*moved_to(KERNELS, (scores, start, end)), 60, mb)[0] for mb in (512, 1))
+    assert torch.equal(whole, parts)
+
+
 def test_what_it_cannot_run_it_refuses_by_name():
     with pytest.raises(ValueError, match="float32, not in float64"):
         triton(select, *index_inputs(dtype=torch.float64), 4)

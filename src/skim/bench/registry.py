@@ -354,7 +354,7 @@ def selection_alone(s: Setting) -> Problem:
     inputs = [s.draw(rows, s.n, seed=seed).float() for seed in range(SETS)]
     start = torch.zeros(rows, dtype=torch.int32, device=s.device)
     end = torch.full_like(start, s.n)
-    if dispatch.choice("select", s.device) == "triton":
+    if dispatch.choice("select", s.device) in ("hopper", "triton"):
         top_k = import_module("skim.ops.select.triton").top_k
 
         def run(scores: Tensor) -> Any:

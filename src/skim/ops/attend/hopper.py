@@ -9,8 +9,8 @@ the keys of each in blocks of 64, two of them in shared memory, with three group
 - `_right_half` loads the queries, the next task's before it stores the output of the last, and multiplies the probabilities
   with the right half of the block's values;
 - `_gather` copies the keys of the next block, 16 bytes at a time, zeros where there is none, so that keys nobody reads
-  may hold anything. It does not stop between tasks. Packed latents (see packed.py) pass through its registers, where they
-  are dequantised, those of the next block already on their way.
+  may hold anything. It does not stop between tasks. For packed latents (see packed.py) `_unpack` takes its
+  place: they pass through its registers, where they are dequantised, those of the next block already on their way.
 
 The probabilities lie where the rotated channels of their block were, which nobody needs once it is scored. The groups hand
 over through barriers in shared memory. A barrier's n-th wait is for phase n % 2; who waits for something to become free
@@ -39,15 +39,16 @@ ROWS, KEYS, STAGES = gl.constexpr(64), gl.constexpr(64), gl.constexpr(2)  # of a
 VALUES, ROPE = gl.constexpr(512), gl.constexpr(64)  # channels of the latent, which are the values too; those that may follow
 HALF = gl.constexpr(256)  # channels that a group of warps sums, and that a copy takes
 SHARED = gl.constexpr(LATENT_BLOCK)  # channels of a packed latent with one scale
-SCALES = gl.constexpr(packed.SCALES)  # of a packed latent
+SCALES = gl.constexpr(packed.SCALES)  # of a packed latent, in the words behind its codes; its rotated channels follow
 HEADS = 16  # fewer are padded to as many rows
 REGISTERS = 168, 80  # a thread of `_right_half` and of `_gather`; `_scores` takes what is left
-REGISTERS_PACKED = 160, 136
+REGISTERS_PACKED = 160, 136  # of `_right_half` and of `_unpack`
 UNION_MB = 256  # more makes nothing faster: a chunk fills the card
 PARTS_MB = 64  # of split walks; more would take longer to merge than splitting saves
 
-# Triton renamed the copy after 3.6.
+# Triton renamed both after 3.6.
 copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))  # [ROWS, HALF]
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # [ROWS, KEYS]
@@ -59,9 +60,31 @@ WIDE = gl.constexpr(
 )
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 a row
 WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # 16 bytes a thread; what neighbours store of two rows lies in other banks
-CODES = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))  # the same bytes, one by one
 LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 TILES = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+TILES_OF_WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))  # the same bytes
+
+# Of a word of four e4m3 codes and their scale: two words of two bfloat16 each, rounded once.
+DEQUANTISE = gl.constexpr("""{
+    .reg .b16 a, b, h<4>;
+    .reg .b32 x, y;
+    .reg .f32 f<4>;
+    mov.b32 {a, b}, $2;
+    cvt.rn.f16x2.e4m3x2 x, a;
+    cvt.rn.f16x2.e4m3x2 y, b;
+    mov.b32 {h0, h1}, x;
+    mov.b32 {h2, h3}, y;
+    cvt.f32.f16 f0, h0;
+    cvt.f32.f16 f1, h1;
+    cvt.f32.f16 f2, h2;
+    cvt.f32.f16 f3, h3;
+    mul.f32 f0, f0, $3;
+    mul.f32 f1, f1, $3;
+    mul.f32 f2, f2, $3;
+    mul.f32 f3, f3, $3;
+    cvt.rn.bf16x2.f32 $0, f1, f0;
+    cvt.rn.bf16x2.f32 $1, f3, f2;
+}""")
 
 
 def refusal(function: str, args: tuple[Any, ...]) -> str | None:
@@ -167,13 +190,7 @@ def _copy_rows(into, rope, source, ok, DR: gl.constexpr):
     for half in gl.static_range(VALUES // HALF):
         copy(into.slice(half * HALF, HALF, dim=1), source + half * HALF + channel, mask=ok)
     if DR > 0:
-        _copy_rope(rope, source + VALUES, ok, DR)
-
-
-@gluon.jit
-def _copy_rope(rope, source, ok, DR: gl.constexpr):
-    """Copy the rotated channels of rows, which begin at `source` `[rows, 1]`."""
-    copy(rope, source + gl.expand_dims(gl.arange(0, DR, gl.SliceLayout(0, COPY)), 0), mask=ok)
+        copy(rope, source + VALUES + gl.expand_dims(gl.arange(0, DR, gl.SliceLayout(0, COPY)), 0), mask=ok)
 
 
 @gluon.jit
@@ -201,9 +218,8 @@ def _who(BITS, at, end, key, real, TILE: gl.constexpr, DENSE: gl.constexpr, layo
 
 @gluon.jit
 def _gather(
-    K, SCALE, K_ROPE, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
-    DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
-    DENSE: gl.constexpr, PACKED: gl.constexpr,
+    K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+    DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """Copy block after block of the keys in READS, with what says who reads them."""
     of_rows: gl.constexpr = gl.SliceLayout(1, COPY)
@@ -212,63 +228,126 @@ def _gather(
         b, _, _, _ = _place(task, first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
         begin, end = _walk(READS, COUNTS, task, first, T, S, width, TILE, BLOCKS, SPLITS, DENSE)
         list_ = (task // BLOCKS // SPLITS).to(gl.int64) * width
-        if PACKED:
-            words, scales = K + b * (k_b // 4), SCALE + b * (k_b // 4)
-            codes = _load_codes(words, scales, k_s // 4, READS + list_, begin, end, S, DENSE)
         for at in range(begin, end, KEYS):
             stage = block % STAGES
             key, real = _keys(READS + list_, at, end, S, DENSE, of_rows)
             who = _who(BITS + list_, at, end, key, real, TILE, DENSE, of_rows)
             mbarrier.wait(free.index(stage), (block // STAGES & 1) ^ 1)
             readers.index(stage).store(who)
-            if PACKED:
-                _copy_rope(rope.index(stage), gl.expand_dims(K_ROPE + b * (k_b // 2) + key * (k_s // 2), 1), gl.expand_dims(real, 1), DR)
-                codes = _dequantise(keys.index(stage), codes, words, scales, k_s // 4, READS + list_, at + KEYS, end, S, DENSE)
-                fence_async_shared()
-            else:
-                _copy_rows(keys.index(stage), rope.index(stage), gl.expand_dims(K + b * k_b + key * k_s, 1), gl.expand_dims(real, 1), DR)
+            _copy_rows(keys.index(stage), rope.index(stage), gl.expand_dims(K + b * k_b + key * k_s, 1), gl.expand_dims(real, 1), DR)
             async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)  # each thread, when its copies are there
             mbarrier.arrive(ready.index(stage), count=1)
             block += 1
 
 
 @gluon.jit
-def _load_part(K, SCALE, key, real, k_w, part: gl.constexpr):
-    """The codes of packed latents that share a scale, as words `[KEYS, SHARED / 4]`, and that scale, `[KEYS]`; `k_w` words a key."""
-    word = part * (SHARED // 4) + gl.expand_dims(gl.arange(0, SHARED // 4, gl.SliceLayout(0, WORDS)), 0)
-    words = gl.load(K + gl.expand_dims(key * k_w, 1) + word, mask=gl.expand_dims(real, 1), other=0)
-    return words, gl.load(SCALE + key * k_w + part, mask=real, other=0.0)
+def _unpack(
+    K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+    DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, DENSE: gl.constexpr,
+):  # fmt: skip
+    """As `_gather`, of packed latents: K is of words, k_b and k_s count bytes. Codes are loaded a block ahead, and which keys' two."""
+    of_rows: gl.constexpr = gl.SliceLayout(1, WORDS)
+    block = 0
+    for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
+        b, _, _, _ = _place(task, first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
+        begin, end = _walk(READS, COUNTS, task, first, T, S, width, TILE, BLOCKS, SPLITS, DENSE)
+        list_ = (task // BLOCKS // SPLITS).to(gl.int64) * width
+        row = K + b * (k_b // 4)
+        key = _key(READS + list_, begin, end, S, DENSE, of_rows)
+        following = _key(READS + list_, begin + KEYS, end, S, DENSE, of_rows)
+        codes = _load_parts(row, key, k_s // 4)
+        for at in range(begin, end, KEYS):
+            stage = block % STAGES
+            who = _who(BITS + list_, at, end, key, key >= 0, TILE, DENSE, of_rows)
+            mbarrier.wait(free.index(stage), (block // STAGES & 1) ^ 1)
+            readers.index(stage).store(who)
+            _copy_words(_words_of(rope.index(stage), DR), row, key, k_s // 4, DR)
+            key = following
+            following = _key(READS + list_, at + 2 * KEYS, end, S, DENSE, of_rows)
+            codes = _dequantise(_words_of(keys.index(stage), VALUES), codes, row, key, k_s // 4)
+            fence_async_shared()
+            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+            mbarrier.arrive(ready.index(stage), count=1)
+            block += 1
 
 
 @gluon.jit
-def _load_codes(K, SCALE, k_w, READS, at, end, S, DENSE: gl.constexpr):
+def _words_of(channels, C: gl.constexpr):
+    """Shared memory `[KEYS, C]` of bfloat16 as words `[KEYS, C / 2]`."""
+    return reinterpret(channels, gl.int32, (KEYS, C // 2), TILES_OF_WORDS)
+
+
+@gluon.jit
+def _key(READS, at, end, S, DENSE: gl.constexpr, layout: gl.constexpr):
+    """As `_keys`, in one number: -1 where there is none."""
+    key, real = _keys(READS, at, end, S, DENSE, layout)
+    return gl.where(real, key.to(gl.int32), -1)
+
+
+@gluon.jit
+def _words_at(K, key, k_w, word):
+    """Addresses of words `[n]` of packed latents, and which of them there are, `[KEYS, n]` and `[KEYS, 1]`."""
+    key = gl.expand_dims(key, 1)
+    return K + gl.where(key < 0, 0, key).to(gl.int64) * k_w + gl.expand_dims(word, 0), key >= 0
+
+
+@gluon.jit
+def _copy_words(into, K, key, k_w, DR: gl.constexpr):
+    """Copy the rotated channels of packed latents; zeros where there is none."""
+    source, real = _words_at(K, key, k_w, VALUES // 4 + SCALES + gl.arange(0, DR // 2, gl.SliceLayout(0, WORDS)))
+    copy(into, source, mask=real)
+
+
+@gluon.jit
+def _load_part(K, key, k_w, part: gl.constexpr):
+    """The codes of packed latents that share a scale, as words `[KEYS, SHARED / 4]`, and that scale, `[KEYS]`."""
+    source, real = _words_at(K, key, k_w, part * (SHARED // 4) + gl.arange(0, SHARED // 4, gl.SliceLayout(0, WORDS)))
+    scale = K + gl.where(key < 0, 0, key).to(gl.int64) * k_w + (VALUES // 4 + part)
+    return gl.load(source, mask=real, other=0), gl.cast(gl.load(scale, mask=key >= 0, other=0), gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _load_parts(K, key, k_w):
     """Codes and scales of a block of packed latents, in registers: of words, since a code by itself takes as much room."""
-    key, real = _keys(READS, at, end, S, DENSE, gl.SliceLayout(1, WORDS))
     found = ()
     for part in gl.static_range(SCALES):
-        found += _load_part(K, SCALE, key, real, k_w, part)
+        found += _load_part(K, key, k_w, part)
     return found
 
 
 @gluon.jit
-def _latents(words, scale, dtype: gl.constexpr):
-    """`[KEYS, SHARED]` of the codes in words and their scale."""
-    even = gl.join(gl.cast(words, gl.uint8), gl.cast(words >> 16, gl.uint8))
-    odd = gl.join(gl.cast(words >> 8, gl.uint8), gl.cast(words >> 24, gl.uint8))
-    codes = gl.convert_layout(gl.reshape(gl.join(even, odd), (KEYS, SHARED)), CODES)
-    values = gl.cast(gl.cast(codes, gl.float8e4nv, bitcast=True), gl.float32)
-    return gl.cast(values * gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, CODES)), 1), dtype)
+def _latents(words, scale):
+    """`[KEYS, SHARED / 2]` words of two bfloat16 of the codes in words and their scale."""
+    low, high = gl.inline_asm_elementwise(DEQUANTISE, "=r,=r,r,f", [words, gl.expand_dims(scale, 1)], (gl.int32, gl.int32), is_pure=True, pack=1)
+    return gl.reshape(gl.join(low, high), (KEYS, SHARED // 2))
 
 
 @gluon.jit
-def _dequantise(into, codes, K, SCALE, k_w, READS, at, end, S, DENSE: gl.constexpr):
-    """Store the latents of `_load_codes`' codes; what it gives of the block at `at`, each part loaded when its registers become free."""
-    key, real = _keys(READS, at, end, S, DENSE, gl.SliceLayout(1, WORDS))
+def _dequantise(into, codes, K, key, k_w):
+    """Store the latents of `_load_parts`' codes; what it gives of the keys of the next block, each part loaded when its registers become free."""
     found = ()
     for part in gl.static_range(SCALES):
-        into.slice(part * SHARED, SHARED, dim=1).store(_latents(codes[2 * part], codes[2 * part + 1], into.dtype))
-        found += _load_part(K, SCALE, key, real, k_w, part)
+        into.slice(part * (SHARED // 2), SHARED // 2, dim=1).store(_latents(codes[2 * part], codes[2 * part + 1]))
+        found += _load_part(K, key, k_w, part)
     return found
+
+
+@gluon.jit
+def _bring(
+    K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+    DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, DENSE: gl.constexpr,
+    PACKED: gl.constexpr,
+):  # fmt: skip
+    if PACKED:
+        _unpack(
+            K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+            DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE,
+        )  # fmt: skip
+    else:
+        _gather(
+            K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+            DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -397,7 +476,7 @@ def _store_half(OUT, acc, factor, first_query, first_head, T, H: gl.constexpr, B
 
 @gluon.jit
 def forward(
-    Q, K, SCALE, K_ROPE, OUT, LSE, SINK, READS, BITS, COUNTS, first, tasks, scale, B, T, S, width, q_b, q_t, q_h, k_b, k_s,
+    Q, K, OUT, LSE, SINK, READS, BITS, COUNTS, first, tasks, scale, B, T, S, width, q_b, q_t, q_h, k_b, k_s,
     H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
     HAS_SINK: gl.constexpr, DENSE: gl.constexpr, PACKED: gl.constexpr,
     REGISTERS_RIGHT: gl.constexpr, REGISTERS_GATHER: gl.constexpr,
@@ -406,8 +485,8 @@ def forward(
 
     Task m is block m % BLOCKS of the heads, of part m // BLOCKS % SPLITS of the walk, of tile first + m // BLOCKS // SPLITS. READS
     `[.., width]` holds the keys of each tile from `first` on: indices, or with TILE > 1 unions with BITS and COUNTS. DENSE: READS and
-    COUNTS `[B, T]` are where the keys that a query sees start and end. PACKED: K, k_b and k_s are of bytes. With SPLITS > 1 out and lse
-    are float32 `[SPLITS, B, T, H, ..]`.
+    COUNTS `[B, T]` are where the keys that a query sees start and end. PACKED: K is of words of 4 bytes, k_b and k_s count bytes. With
+    SPLITS > 1 out and lse are float32 `[SPLITS, B, T, H, ..]`.
     """
     dtype: gl.constexpr = Q.dtype.element_ty
     q = gl.allocate_shared_memory(dtype, [ROWS, VALUES], TILES)
@@ -440,8 +519,8 @@ def forward(
                 Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, keys, p, rescale, factors,
                 queries, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE,
             )),
-            (_gather, (
-                K, SCALE, K_ROPE, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+            (_bring, (
+                K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
                 DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE, PACKED,
             )),
         ],
@@ -496,15 +575,13 @@ def _launch(
 ) -> None:  # fmt: skip
     B, T, H, D = q.shape
     S, k_strides, packs = k.shape[1], _strides(k, 2), packed.is_packed(k)
-    k_scale = k_rope = k
     if packs:
-        codes, k_scale, k_rope = packed.parts(k)
-        k = codes.view(torch.int32)
+        k = k.view(torch.int32)
     tasks = tiles * plan.BLOCKS * plan.SPLITS
     into, into_lse = parts_of(plan.SPLITS, out, lse)
     last = None if sink is None or plan.SPLITS > 1 else sink.contiguous()
     forward[(min(tasks, processors(q.device)),)](
-        q, k, k_scale, k_rope, into, into_lse, last, *reads, first, tasks, scale * LOG2E.value, B, T, S, reads[0].shape[-1],
+        q, k, into, into_lse, last, *reads, first, tasks, scale * LOG2E.value, B, T, S, reads[0].shape[-1],
         *_strides(q, 3), *k_strides, H, D - VALUES.value, *plan, last is not None, dense, packs,
         *(REGISTERS_PACKED if packs else REGISTERS), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -5,7 +5,8 @@ walks the keys that they read in blocks. What it walks is one of three things:
 
 - ROWS: the selection of a single query (one query a tile);
 - UNION: the union of the tile's selections (see union.py), with one bit a query and key that says who reads it;
-- DENSE: the interval of keys that the tile sees.
+- DENSE: the interval of keys that the tile sees. The forward has a kernel of its own for it: neighbouring queries need not
+  fill a power of two, and blocks that all rows see whole take no mask.
 
 UNION gathers a key once for all its neighbours, which is 5 times less where selections overlap as real ones do. Where
 they don't it only multiplies the arithmetic, so a tile whose union is larger than half its selections together is left
@@ -143,8 +144,23 @@ def _dot(a, b, acc=None):
 
 
 @triton.jit
+def _store(OUT, LSE, SINK, row, h, ok, largest, total, acc, V_: tl.constexpr, V0: tl.constexpr, HAS_SINK: tl.constexpr):
+    """out and lse of rows whose scores have the maxima `largest`, the sums of exponentials `total` and of values `acc`."""
+    empty = total == 0
+    lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) / LOG2E)
+    factor = tl.where(empty, 0.0, 1 / total)
+    if HAS_SINK:
+        sink = tl.load(SINK + h, mask=ok, other=0.0).to(tl.float32)
+        factor = tl.where(empty, 0.0, factor / (1 + tl.exp2((sink - lse) * LOG2E)))
+    c = tl.arange(0, V0)
+    tl.store(LSE + row, lse, mask=ok)
+    out = tl.where(empty[:, None], 0.0, acc * factor[:, None])  # what neighbours read, even NaN, stays with them
+    tl.store(OUT + row[:, None] * V_ + c[None, :], out.to(OUT.dtype.element_ty), mask=ok[:, None] & (c[None, :] < V_))
+
+
+@triton.jit
 def forward(
-    Q, K, V, SCALES, ROPE, OUT, LSE, SINK, READS, BITS, COUNTS, START, END,
+    Q, K, V, SCALES, ROPE, OUT, LSE, SINK, READS, BITS, COUNTS,
     first, scale, T, S, tiles, width, limit, rows,
     q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V_: tl.constexpr, V0: tl.constexpr,
@@ -167,7 +183,7 @@ def forward(
     if served:
         return
     b, i, t, head, ok = _rows(tile, tl.program_id(1) % blocks * BLOCK_H, T, HEADS, TILE, BLOCK_H)
-    low, high, begin, end, list_row = _walk(COUNTS, START, END, tile, first, b, t, T, S, width, selection, R, MODE)
+    low, high, begin, end, list_row = _walk(COUNTS, None, None, tile, first, b, t, T, S, width, selection, R, MODE)
     if SPLITS > 1:
         share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), SPLITS), BLOCK_K) * BLOCK_K
         begin += split * share
@@ -225,19 +241,90 @@ def forward(
             v = _channels(values, key, real, v_s, 0, V0, V_)
         acc = _dot(p.to(v.dtype), v, acc * rescale[:, None])
 
-    empty = total == 0
-    lse = tl.where(empty, float("-inf"), (largest + tl.log2(total)) / LOG2E)
-    factor = tl.where(empty, 0.0, 1 / total)
-    if HAS_SINK:
-        sink = tl.load(SINK + h, mask=ok, other=0.0).to(tl.float32)
-        factor = tl.where(empty, 0.0, factor / (1 + tl.exp2((sink - lse) * LOG2E)))
     row = (b * T + t) * H + h
     if SPLITS > 1:
         row += split.to(tl.int64) * rows
-    c = tl.arange(0, V0)
-    tl.store(LSE + row, lse, mask=ok)
-    out = tl.where(empty[:, None], 0.0, acc * factor[:, None])  # what neighbours read, even NaN, stays with them
-    tl.store(OUT + row[:, None] * V_ + c[None, :], out.to(OUT.dtype.element_ty), mask=ok[:, None] & (c[None, :] < V_))
+    _store(OUT, LSE, SINK, row, h, ok, largest, total, acc, V_, V0, HAS_SINK)
+
+
+@triton.jit
+def forward_dense(
+    Q, K, V, SCALES, ROPE, OUT, LSE, SINK, START, END, scale, T, S, tiles, rows,
+    q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V_: tl.constexpr, V0: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_SINK: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, SHARED_SCALE: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """As `forward`, over intervals: program (tile and key head, split). Matrix rows are pairs of query and head without gaps between queries.
+
+    Only blocks that some row doesn't see whole are masked.
+    """
+    HEADS: tl.constexpr = H // G
+    g = (tl.program_id(0) % G).to(tl.int64)
+    tile = tiles - 1 - tl.program_id(0) // G  # the longest first
+    split = tl.program_id(1)
+    tiles_of_row = tl.cdiv(T * HEADS, TILE)
+    b = (tile // tiles_of_row).to(tl.int64)
+    pair = tile % tiles_of_row * TILE + tl.arange(0, TILE)
+    t, h = pair // HEADS, g * HEADS + pair % HEADS
+    ok = t < T
+    low = tl.load(START + b * T + t, mask=ok, other=0)
+    high = tl.minimum(tl.load(END + b * T + t, mask=ok, other=S), S)  # keys behind the last would count as zeros
+    seen = ok & (low < high)
+    begin = tl.maximum(tl.min(tl.where(seen, low, S)), 0)
+    end = tl.max(tl.where(seen, high, 0))
+    whole_from, whole_to = tl.max(low), tl.min(high)  # every row sees the keys between
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), SPLITS), BLOCK_K) * BLOCK_K
+        begin += split * share
+        end = tl.minimum(end, begin + share)
+
+    q_row = Q + b * q_b + t.to(tl.int64)[:, None] * q_t + h[:, None] * q_h
+    c0 = tl.arange(0, D0)
+    q0 = tl.load(q_row + c0[None, :], mask=ok[:, None] & (c0[None, :] < D), other=0.0)
+    if D1 > 0:
+        c1 = D0 + tl.arange(0, D1)
+        q1 = tl.load(q_row + c1[None, :], mask=ok[:, None] & (c1[None, :] < D), other=0.0)
+    keys = K + b * k_b + g * k_g
+    values = V + b * v_b + g * v_g
+    if SHARED_SCALE > 0:
+        SCALES += b * (k_b // 4)
+        ROPE += b * (k_b // 2)
+
+    largest = tl.full([TILE], -1e30, tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, V0], tl.float32)
+    for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        slot = at + tl.arange(0, BLOCK_K)
+        real = slot < end
+        key = slot.to(tl.int64)
+        if SHARED_SCALE > 0:
+            k0 = _latents(keys, SCALES, key, real, k_s, q0.dtype, D0, SHARED_SCALE, CAST)
+            k1 = _channels(ROPE, key, real, k_s // 2, 0, D1, D1).to(q0.dtype)
+        else:
+            k0 = _channels(keys, key, real, k_s, 0, D0, D)
+            if D1 > 0:
+                k1 = _channels(keys, key, real, k_s, D0, D1, D)
+        s = _dot(q0, tl.trans(k0))
+        if D1 > 0:
+            s = _dot(q1, tl.trans(k1), s)
+        if SHARED_SCALE > 0 or (at < whole_from) | (at + BLOCK_K > whole_to):  # packed keys leave no registers to choose
+            s = tl.where((slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None]), s, float("-inf"))
+        larger = tl.maximum(largest, tl.max(s, 1) * scale)  # scale > 0
+        p = tl.exp2(s * scale - larger[:, None])
+        rescale = tl.exp2(largest - larger)
+        total = total * rescale + tl.sum(p, 1)
+        largest = larger
+        if VALUES_IN_KEYS:
+            v = k0
+        else:
+            v = _channels(values, key, real, v_s, 0, V0, V_)
+        acc = _dot(p.to(v.dtype), v, acc * rescale[:, None])
+
+    row = (b * T + t) * H + h
+    if SPLITS > 1:
+        row += split.to(tl.int64) * rows
+    _store(OUT, LSE, SINK, row, h, ok, largest, total, acc, V_, V0, HAS_SINK)
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 
 from skim.ops import codec
-from skim.ops.attend import packed
-from skim.ops.attend.kernels import DENSE, LOG2E, ROWS, UNION, backward, backward_keys, forward, prepare
+from skim.ops.attend import latent_backward, packed
+from skim.ops.attend.kernels import DENSE, LOG2E, ROWS, UNION, backward, backward_keys, forward, forward_dense, prepare
 from skim.ops.attend.splits import MOST, merge, parts_of
 from skim.ops.attend.union import tiles_of, unions
 from skim.ops.dispatch import capability, processors, shared_memory
@@ -48,15 +48,27 @@ class _Plan(NamedTuple):
 
 
 def _plan(q: Tensor, k: Tensor, v: Tensor | None, v_channels: int, tile: int, gradients: bool) -> _Plan:
-    """Blocks of a call whose programs serve `tile` queries: as many keys at a time as shared memory and registers hold."""
-    D, heads = q.shape[3], q.shape[2] // k.shape[2]
+    """Blocks of a call whose programs serve `tile` queries."""
+    block_h = min(triton.next_power_of_2(q.shape[2] // k.shape[2]), _most_rows(q, k, v_channels, gradients))
+    return _blocks(q, k, v, v_channels, tile, max(block_h, 16 // tile), gradients)
+
+
+def _dense_plan(q: Tensor, k: Tensor, v: Tensor | None, v_channels: int) -> _Plan:
+    """Blocks of a forward call over intervals, whose tiles are pairs of query and head."""
+    pairs = triton.next_power_of_2(q.shape[1] * (q.shape[2] // k.shape[2]))
+    plan = _blocks(q, k, v, v_channels, min(max(16, pairs), _most_rows(q, k, v_channels)), 1, False)
+    more = plan.TILE * (plan.D0 + plan.D1) + 3 * plan.BLOCK_K * (plan.D0 + plan.D1 + (0 if plan.VALUES_IN_KEYS else plan.V0))
+    fits_twice = plan.STAGES == 2 and 2 * more * q.element_size() <= shared_memory(q.device) - 4096
+    return plan._replace(STAGES=3) if fits_twice else plan
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor | None, v_channels: int, tile: int, block_h: int, gradients: bool) -> _Plan:
+    """As many keys at a time as shared memory and registers hold beside `tile * block_h` rows."""
+    D = q.shape[3]
     D0 = max(16, 1 << (D.bit_length() - 1))
     D1 = 0 if D <= D0 else max(16, triton.next_power_of_2(D - D0))
     V0 = max(16, triton.next_power_of_2(v_channels))
     inside = v is None and v_channels == D0
-    most = _most_rows(q, k, v_channels, gradients)
-    block_h = min(triton.next_power_of_2(heads), most)
-    block_h = max(block_h, 16 // tile)
     rows = tile * block_h
     item, depth = q.element_size(), D0 + D1 + (0 if inside else V0)
     resident = rows * (D0 + D1) * item
@@ -113,7 +125,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor | None, sink: Tensor | None, out: Tensor, lse: Tensor, scale: float, plan: _Plan, mode: int, tiles: int,
-    R: int = 1, reads: tuple[Tensor, ...] = (), interval: tuple[Tensor, ...] = (), first: int = 0, limit: int = 0, shared_tile: int = 0,
+    R: int, reads: tuple[Tensor, ...], first: int = 0, limit: int = 0, shared_tile: int = 0,
 ) -> None:  # fmt: skip
     B, T, H, D = q.shape
     S, G = k.shape[1:3]
@@ -122,17 +134,14 @@ def _launch_forward(
     scales = rope = q
     if plan.SHARED_SCALE:
         k, scales, rope = packed.parts(k)
-    width = reads[0].shape[-1] if reads else 0
+    width = reads[0].shape[-1]
     list_, bits, counts = (*reads, *(q,) * (3 - len(reads)))
-    start, end = interval or (q, q)
     heads = G * -(-(H // G) // plan.BLOCK_H)
-    splits = 1
-    if mode != UNION.value and not shared_tile:
-        splits = _splits(tiles * heads, S if mode == DENSE.value else width, plan.BLOCK_K, q.device)
+    splits = 1 if mode == UNION.value or shared_tile else _splits(tiles * heads, width, plan.BLOCK_K, q.device)
     into, into_lse = parts_of(splits, out, lse)
     grid = (tiles, heads, splits)
     forward[grid](
-        q, k, values, scales, rope, into, into_lse, sink, list_, bits, counts, start, end,
+        q, k, values, scales, rope, into, into_lse, sink, list_, bits, counts,
         first, scale * LOG2E.value, T, S, tiles, width, limit, B * T * H, *_strides(q, k, values),
         H, G, R, D, plan.D0, plan.D1, V, plan.V0, plan.TILE, plan.BLOCK_H, plan.BLOCK_K, plan.STAGES, splits,
         mode, shared_tile, sink is not None and splits == 1, plan.VALUES_IN_KEYS, plan.SHARED_SCALE, capability(q.device) >= E4M3,
@@ -191,19 +200,33 @@ def attend_dense(
 ) -> tuple[Tensor, Tensor]:
     q, k, v, sink = _contiguous_channels(q, k, v, sink)  # type: ignore[assignment]
     k = _whole_words(k)
-    B, T, H, _ = q.shape
+    B, T, H, D = q.shape
     out, lse = q.new_empty(B, T, H, v_channels), q.new_empty(B, T, H, dtype=torch.float32)
     if k.shape[1] == 0 or out.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    plan = _plan(q, k, v, v_channels, _dense_tile(q, k, v_channels, False), False)
-    interval = start.contiguous(), end.contiguous()
-    _launch_forward(q, k, v, sink, out, lse, scale, plan, DENSE.value, B * tiles_of(T, plan.TILE), interval=interval)
+    S, G = k.shape[1:3]
+    values = k if v is None else v
+    plan = _dense_plan(q, k, v, v_channels)
+    scales = rope = q
+    if plan.SHARED_SCALE:
+        k, scales, rope = packed.parts(k)
+    tiles = B * tiles_of(T * (H // G), plan.TILE)
+    splits = _splits(tiles * G, S, plan.BLOCK_K, q.device)
+    into, into_lse = parts_of(splits, out, lse)
+    forward_dense[(tiles * G, splits)](
+        q, k, values, scales, rope, into, into_lse, sink, start.contiguous(), end.contiguous(), scale * LOG2E.value, T, S, tiles, B * T * H,
+        *_strides(q, k, values), H, G, D, plan.D0, plan.D1, v_channels, plan.V0, plan.TILE, plan.BLOCK_K, plan.STAGES, splits,
+        sink is not None and splits == 1, plan.VALUES_IN_KEYS, plan.SHARED_SCALE, capability(q.device) >= E4M3,
+        num_warps=plan.warps, maxnreg=plan.registers, enable_fp_fusion=True,
+    )  # fmt: skip
+    if splits > 1:
+        merge(into, into_lse, out, lse, sink)
     return out, lse
 
 
-def _dense_tile(q: Tensor, k: Tensor, v_channels: int, gradients: bool) -> int:
+def _dense_tile(q: Tensor, k: Tensor, v_channels: int) -> int:
     heads = triton.next_power_of_2(q.shape[2] // k.shape[2])
-    return min(max(1, _most_rows(q, k, v_channels, gradients) // heads), triton.next_power_of_2(q.shape[1]))
+    return min(max(1, _most_rows(q, k, v_channels, True) // heads), triton.next_power_of_2(q.shape[1]))
 
 
 class _Prepared(NamedTuple):
@@ -284,6 +307,10 @@ def attend_backward(
     """Gradients of q, k, v and sink (empty where there is none); k's holds the values' part where v is None."""
     q, k, v = _contiguous_channels(q, k, v)  # type: ignore[assignment]
     prepared = _prepare(grad, dlse, out, lse, sink)
+    if latent_backward.serves(q, k, v, indices, v_channels):
+        reads = indices.to(torch.int32).contiguous()
+        dq, dk = latent_backward.gradients(q, k, prepared.grad, prepared.full, prepared.shift, reads, scale, workspace_mb)
+        return _finish(dq, dk, dk, v, prepared)
     B, T = q.shape[:2]
     R, K = indices.shape[2:]
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -343,7 +370,7 @@ def attend_dense_backward(
     B, T, H, D = q.shape
     S, G = k.shape[1:3]
     start, end = start.contiguous(), end.contiguous()
-    plan = _plan(q, k, v, v_channels, _dense_tile(q, k, v_channels, True), True)
+    plan = _plan(q, k, v, v_channels, _dense_tile(q, k, v_channels), True)
     values = k[..., :v_channels] if v is None else v
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros(k.shape, dtype=torch.float32 if v is None else k.dtype, device=k.device)

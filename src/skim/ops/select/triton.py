@@ -23,6 +23,11 @@ from skim.ops.score.pages import length
 from skim.ops.score.triton import INTERPRETED, PROGRAMS, Tile, keys_of, load_interval, load_queries, operands, score_tile, union
 from skim.ops.score.weights import head_weights
 
+PIECE = tl.constexpr(4)  # neighbouring scores in memory that are sampled together, in one load
+ROW_SAMPLE = 2048  # keys that a row of scores in memory is sampled at, at least
+ROW_CAPACITY = 8192  # candidates that it may have, at most
+ROW_WARPS = 4, 8  # of the programs that find candidates, and of those that choose from them
+ROW_REGISTERS = 128  # of their threads, at most: without a limit fewer programs share a processor, and choosing takes 1.6 times as long
 BUDGET = 8192  # the candidates of a row lie in the registers of one program
 STRATA = 32768  # keys that a row may have to be sampled at
 SAMPLE = 4096  # keys that a row is sampled at, at most
@@ -37,12 +42,17 @@ LOWEST = tl.constexpr(-0x80000000)
 
 
 @triton.jit
-def rank_of(scores, key, start, end, keep_first, keep_recent):
-    """int32 that orders visible keys as (kept anyway, score descending, NaN) does; -0.0 as +0.0, infinite as largest finite."""
+def rank_alone(scores):
+    """`rank_of` where no key is kept anyway."""
     clamped = tl.minimum(tl.maximum(tl.where(scores == 0, 0.0, scores), -FINITE), FINITE)
     bits = clamped.to(tl.int32, bitcast=True)
-    rank = tl.where(scores == scores, bits ^ ((bits >> 31) & 0x7FFFFFFF), RANK_NAN)
-    return tl.where((key - start < keep_first) | (key >= end - keep_recent), RANK_KEPT, rank)
+    return tl.where(scores == scores, bits ^ ((bits >> 31) & 0x7FFFFFFF), RANK_NAN)
+
+
+@triton.jit
+def rank_of(scores, key, start, end, keep_first, keep_recent):
+    """int32 that orders visible keys as (kept anyway, score descending, NaN) does; -0.0 as +0.0, infinite as largest finite."""
+    return tl.where((key - start < keep_first) | (key >= end - keep_recent), RANK_KEPT, rank_alone(scores))
 
 
 @triton.jit
@@ -413,6 +423,229 @@ def choose_of_all(SCORES, INDICES, CHOSEN, start, end, wanted, keep_first, keep_
         equals += tl.sum(equal)
 
 
+@triton.jit
+def before_each(chosen, W: tl.constexpr, R: tl.constexpr):
+    """How many keys of its warp before each key are chosen, `[W, R, 128]`, and how many at all, `[W, 32]`, the same in a warp's threads.
+
+    A thread has R times four neighbouring keys. The counts of up to four of those share an integer, so that they need one scan.
+    """
+    NEAR: tl.constexpr = min(4, R)
+    FAR: tl.constexpr = R // NEAR
+    shift, two = tl.arange(0, NEAR) * 8, tl.arange(0, 2)
+    packed = tl.sum(tl.reshape(chosen, [W, FAR, NEAR, 32, 4]) << shift[None, None, :, None, None], 2)
+    even, odd = tl.split(tl.reshape(packed, [W, FAR, 32, 2, 2]))
+    early, late = tl.split(even + odd)
+    thread = tl.permute(early + late, [1, 0, 2])
+    inside = tl.permute(tl.cumsum(thread, 2) - thread, [1, 0, 2])[:, :, :, None, None]
+    inside += early[:, :, :, None, None] * two[:, None] + even[:, :, :, :, None] * two
+    inside = tl.reshape((inside[:, :, None] >> shift[None, None, :, None, None, None]) & 0xFF, [W, R, 32, 4])
+    rows = tl.broadcast_to(tl.sum(thread, 2, keep_dims=True), [FAR, W, 32])
+    rows = tl.reshape((rows[:, None] >> shift[None, :, None, None]) & 0xFF, [R, W, 32])
+    row = tl.arange(0, R)
+    first = tl.sum(tl.where((row[None, :] < row[:, None])[:, :, None, None], rows[None], 0), 1)
+    return tl.reshape(inside + tl.permute(first, [1, 0, 2])[:, :, :, None], [W, R, 128]), tl.sum(rows, 0)
+
+
+@triton.jit
+def in_order(W: tl.constexpr, R: tl.constexpr, stride):
+    """The keys as `before_each` has them, `[W, R, 128]`; those of a warp begin `stride` behind those of the one before."""
+    return (tl.arange(0, W) * stride)[:, None, None] + (tl.arange(0, R) * 128)[None, :, None] + tl.arange(0, 128)[None, None, :]
+
+
+@triton.jit
+def of_quads(x, W: tl.constexpr, R: tl.constexpr):
+    """`[R, W, 32]` as `[W, R, 128]`."""
+    return tl.reshape(tl.broadcast_to(tl.permute(x, [1, 0, 2])[:, :, :, None], [W, R, 32, 4]), [W, R, 128])
+
+
+@triton.jit
+def of_threads(x, W: tl.constexpr):
+    """`[W, 32]` as `[W, 1, 128]`."""
+    return tl.reshape(tl.broadcast_to(x[:, :, None], [W, 32, 4]), [W, 1, 128])
+
+
+@triton.jit
+def threshold_of(SCORES, start, end, S, budget, stride, BM: tl.constexpr):
+    """From which point of the order on keys of a row are candidates: (rank, position), as in `threshold_kernel`."""
+    key = (sampled_key(tl.arange(0, BM // PIECE), stride) * PIECE)[:, None] + tl.arange(0, PIECE)
+    seen = (key >= start) & (key < end)
+    rank = tl.where(seen, rank_alone(tl.load(SCORES + key, mask=key < S, other=0.0)), LOWEST)
+    number = tl.sum(seen.to(tl.int32))
+    expected = budget * (number / (end - start).to(tl.float32))
+    # Four standard deviations more where neighbours are all alike, and eleven where they have nothing to do with each other.
+    wanted = tl.ceil(expected + 4 * tl.sqrt(expected * PIECE) + 4).to(tl.int32)
+    most = wanted + wanted // 16
+    point, position = tl.full([], -RANK_FINITE - 1, tl.int32), tl.full([], LOWEST, tl.int32)
+    if wanted <= number:
+        point = greatest(rank, wanted, most, tl.full([], RANK_NAN, tl.int32), tl.max(rank) + 1)
+        above, equal = tl.sum((rank > point).to(tl.int32)), tl.sum((rank == point).to(tl.int32))
+        if (above + equal > most) & (point > -RANK_FINITE - 1) & (point < RANK_FINITE):  # a plateau, cut at a position
+            position = greatest(tl.where(rank == point, key, -1), wanted - above, most - above, start, end)
+        point = tl.minimum(tl.maximum(point, -RANK_FINITE - 1), RANK_FINITE)
+    return point, position
+
+
+@triton.jit
+def collect(
+    SCORES, VALUES, KEYS, COUNTS, start, end, lowest, position, part, segment, S, W: tl.constexpr, DIRECT: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
+    """Each warp appends the candidates of its part of the keys to its segment of VALUES and KEYS; COUNTS `[W]` may exceed what is stored."""
+    warp = tl.arange(0, W)[:, None]
+    above = next_score(lowest)
+    count = tl.broadcast_to(warp * segment, [W, 32])
+    room = of_threads(count, W) + segment - 512
+    low, offset = start // 512 * 512, in_order(W, 4, part)
+    for origin in tl.range(low, low + part, 512, num_stages=STAGES):
+        key = tl.multiple_of(origin, 512) + offset
+        scores = tl.load(SCORES + key, mask=key < S, other=0.0)
+        ranked = tl.maximum(scores, -FINITE)  # NaN too
+        if (origin < start) | (origin + (W - 1) * part + 512 > end):
+            ranked = tl.where((key >= start) & (key < end), ranked, float("-inf"))
+        least = tl.where(origin + warp[:, :, None] * part >= position, lowest, above)
+        before, more = before_each((ranked >= least).to(tl.int32), W, 4)
+        slot = tl.minimum(of_threads(count, W), room) + before  # what has no room is of no use
+        append_row(VALUES, KEYS, slot, scores, key, ranked, least, DIRECT)
+        count += more
+    tl.store(COUNTS + tl.broadcast_to(warp, [W, 32]), count - warp * segment)
+
+
+@triton.jit
+def append_row(VALUES, KEYS, slot, scores, key, ranked, least, DIRECT: tl.constexpr):
+    """Stores scores and keys where ranked >= least; DIRECT leaves them with the threads that have them, as in `append`."""
+    if DIRECT:
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b64 a; setp.ge.f32 p, $6, $7; mad.wide.u32 a, $3, 4, $1; @p st.global.b32 [a], $4;
+            mad.wide.u32 a, $3, 4, $2; @p st.global.b32 [a], $5; mov.u32 $0, 0; }""",
+            "=r,l,l,r,r,r,r,r",
+            [VALUES.to(tl.int64, bitcast=True), KEYS.to(tl.int64, bitcast=True), slot, scores, key, ranked, least],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(VALUES + slot, scores, mask=ranked >= least)
+        tl.store(KEYS + slot, key, mask=ranked >= least)
+
+
+@triton.jit
+def put(out, slot, values, mask, DIRECT: tl.constexpr):
+    """tl.store of int32; DIRECT leaves values with the threads that have them."""
+    if DIRECT:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b64 a; setp.ne.s32 p, $4, 0; mad.wide.u32 a, $2, 4, $1; @p st.global.b32 [a], $3; mov.u32 $0, 0; }",
+            "=r,l,r,r,r",
+            [out.to(tl.int64, bitcast=True), slot, values, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(out + slot, values, mask=mask)
+
+
+@triton.jit
+def keep_best(
+    SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment,
+    W: tl.constexpr, BC: tl.constexpr, SEGMENTS: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """The `wanted` best of a row's candidates in SEGMENTS, or, where there are none, of all its scores; at most BC, of which gaps take some."""
+    R: tl.constexpr = BC // (W * 128)
+    if SEGMENTS == 0:
+        place = start // 16 * 16 + in_order(W, R, BC // W)
+        real = (place >= start) & (place < end)
+        scores = tl.load(SCORES + place, mask=place < end, other=0.0)
+    else:
+        slot = in_order(W, R, BC // W)
+        quad = (tl.arange(0, W) * (R * 32))[None, :, None] + (tl.arange(0, R) * 32)[:, None, None] + tl.arange(0, 32)[None, None, :]
+        gap, left, reached = tl.zeros_like(quad), tl.load(COUNTS) - 4 * quad, 0
+        for j in tl.static_range(1, SEGMENTS):
+            quads = tl.cdiv(tl.load(COUNTS + j - 1), 4)
+            reached += quads
+            gap += tl.where(quad >= reached, segment - 4 * quads, 0)
+            left = tl.where(quad >= reached, tl.load(COUNTS + j) - 4 * (quad - reached), left)
+        place = tl.max_contiguous(tl.multiple_of(slot + of_quads(gap, W, R), [1, 1, 4]), [1, 1, 4])
+        real = slot % 4 < of_quads(left, W, R)
+        scores = tl.load(VALUES + place, mask=real, other=0.0)
+    rank = tl.where(real, rank_alone(scores), LOWEST)
+    point = greatest(rank, wanted, wanted, tl.min(tl.where(real, rank, RANK_KEPT)), tl.max(rank) + 1)
+    kept = (rank >= point).to(tl.int32)
+    before, number = before_all(kept, W, R)
+    if number > wanted:  # the oldest of those at the threshold go
+        equals, _ = before_all((rank == point).to(tl.int32), W, R)
+        kept = tl.where((rank > point) | (equals >= number - wanted), kept, 0)
+        before -= tl.minimum(equals, number - wanted)
+    if SEGMENTS == 0:
+        key = place
+    else:
+        key = tl.load(KEYS + place, mask=kept != 0, other=0)
+    put(INDICES, before, key, kept != 0, DIRECT)
+
+
+@triton.jit
+def before_all(chosen, W: tl.constexpr, R: tl.constexpr):
+    """How many keys before each key are chosen, `[W, R, 128]`, and how many at all."""
+    before, number = before_each(chosen, W, R)
+    number = tl.max(number, 1)
+    return before + (tl.cumsum(number, 0) - number)[:, None, None], tl.sum(number)
+
+
+@triton.jit(do_not_specialize=["row0", "stride"])
+def row_candidates_kernel(
+    SCORES, START, END, VALUES, KEYS, COUNTS, stride_row, row0, S, budget, stride, segment,
+    BM: tl.constexpr, BC: tl.constexpr, W: tl.constexpr, DIRECT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The candidates of a row of more than BC scores, VALUES and KEYS `[W, segment]` and COUNTS `[W]`. Grid: rows."""
+    here = tl.program_id(0).to(tl.int64)
+    row = row0 + here
+    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+    if end - start // 16 * 16 > BC:
+        SCORES += row * stride_row
+        point, position = threshold_of(SCORES, start, end, S, budget, stride, BM)
+        low = start // 512 * 512
+        part = tl.cdiv(end - low, 512 * W) * 512
+        position = low + tl.maximum(position - low, 0) // 512 * 512
+        collect(
+            SCORES, VALUES + here * W * segment, KEYS + here * W * segment, COUNTS + here * W, start, end,
+            score_at(point), position, part, segment, S, W, DIRECT, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["row0"])
+def choose_row_kernel(
+    SCORES, START, END, VALUES, KEYS, COUNTS, INDICES, SIZES, stride_row, row0, S, budget, segment,
+    BC: tl.constexpr, W: tl.constexpr, SEGMENTS: tl.constexpr, SAMPLED: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """A row's selection from its candidates, or from its scores where those are few or the candidates aren't all there. Grid: rows."""
+    here = tl.program_id(0).to(tl.int64)
+    row = row0 + here
+    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+    size = tl.maximum(end - start, 0)
+    wanted = tl.minimum(size, budget)
+    SCORES, INDICES = SCORES + row * stride_row, INDICES + row * budget
+    tl.store(SIZES + row, wanted)
+    pad(INDICES, INDICES, wanted, budget, False)
+    span = end - start // 16 * 16
+    if size <= budget:
+        for origin in range(0, size, 1024):
+            slot = origin + tl.arange(0, 1024)
+            tl.store(INDICES + slot, start + slot, mask=slot < size)
+    elif span <= BC:
+        if SAMPLED and span <= BC // 2:
+            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC // 2, 0, DIRECT)
+        else:
+            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC, 0, DIRECT)
+    elif SAMPLED:
+        VALUES, KEYS, COUNTS = VALUES + here * SEGMENTS * segment, KEYS + here * SEGMENTS * segment, COUNTS + here * SEGMENTS
+        counts = tl.load(COUNTS + tl.arange(0, SEGMENTS))
+        slots = tl.sum(tl.cdiv(counts, 4)) * 4
+        if (tl.sum(counts) < wanted) | (slots > BC):
+            choose_of_all(SCORES, INDICES, INDICES, start, end, wanted, 0, 0, 2048, False)
+        elif slots <= BC // 2:
+            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC // 2, SEGMENTS, DIRECT)
+        else:
+            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC, SEGMENTS, DIRECT)
+
+
 @triton.jit(do_not_specialize=["tile0", "row0", "count"])
 def exhaustive_kernel(
     Q, W, K, K_SCALE, TABLE, START, END, FLAGS, SCRATCH, INDICES, CHOSEN,
@@ -608,6 +841,54 @@ def top_k(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb:
     Returns:
         indices int32 `[rows, K]`, ascending with -1 behind, and counts int32 `[rows]`.
     """
+    rows, S = scores.shape
+    samples, capacity = row_sampling(min(budget, S), S)
+    if rows < PROGRAMS or capacity > ROW_CAPACITY:
+        return _top_k_in_parts(scores, start, end, budget, workspace_mb)
+    start, end = start.contiguous(), end.contiguous()
+    indices = torch.empty(rows, budget, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(rows, dtype=torch.int32, device=scores.device)
+    warps, choosing = ROW_WARPS
+    part = triton.cdiv(triton.cdiv(S, warps) + 512, 512) * 512
+    segment = min(capacity, part) + 512 if samples else 16
+    step = min(rows, max(1, (workspace_mb << 20) // (warps * (8 * segment + 4))))
+    step = step // PROGRAMS * PROGRAMS or step  # whole waves of programs
+    values = torch.empty(step * warps * segment, dtype=torch.float32, device=scores.device)
+    keys = torch.empty(step * warps * segment, dtype=torch.int32, device=scores.device)
+    found = torch.empty(step * warps, dtype=torch.int32, device=scores.device)
+    stride = triton.cdiv(S, max(samples, 1))
+    for row0 in range(0, rows, step):
+        grid = (min(step, rows - row0),)
+        if samples:
+            row_candidates_kernel[grid](
+                scores, start, end, values, keys, found, scores.stride(0), row0, S, budget, stride, segment,
+                BM=samples, BC=capacity, W=warps, DIRECT=not INTERPRETED, STAGES=3, num_warps=warps, maxnreg=ROW_REGISTERS,
+            )  # fmt: skip
+        choose_row_kernel[grid](
+            scores, start, end, values, keys, found, indices, counts, scores.stride(0), row0, S, budget, segment,
+            BC=capacity, W=choosing, SEGMENTS=warps, SAMPLED=samples > 0, DIRECT=not INTERPRETED, num_warps=choosing, maxnreg=ROW_REGISTERS,
+        )  # fmt: skip
+    return indices, counts
+
+
+def row_sampling(budget: int, S: int) -> tuple[int, int]:
+    """(keys sampled, candidates that a row may have) for the best `budget` of S scores in memory; none are sampled if all may be candidates."""
+    least = 256 * max(ROW_WARPS)
+    if S <= ROW_CAPACITY:
+        return 0, max(least, triton.next_power_of_2(S))
+    samples = ROW_SAMPLE
+    while True:
+        expected = budget * samples / S
+        wanted = (expected + 4 * math.sqrt(PIECE.value * expected) + 4) * 17 / 16  # as in threshold_of
+        likely = S / samples * (wanted + 4 * math.sqrt(PIECE.value * wanted)) + 512 + 4 * ROW_WARPS[0]
+        capacity = max(least, triton.next_power_of_2(max(budget, math.ceil(likely))))
+        if capacity <= ROW_CAPACITY or samples >= 8192:
+            return samples, capacity
+        samples *= 2
+
+
+def _top_k_in_parts(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb: int) -> tuple[Tensor, Tensor]:
+    """A few long rows, split over programs, or more candidates than one holds in registers."""
     rows, S = scores.shape
     tile = Tile(BN=2048, BQ=1, BJ=1, BE=16, HEADS=1, WARPS=4, stages=3)
     constants: dict[str, int | bool] = {"PADDED": False, "SCALED": False, "PAGE": 0, "UNIT": 1, "LOADED": True}

@@ -1,0 +1,350 @@
+"""Index scores of FP8 on sm_90 in Gluon: `I[t, s] = sum_j w[t, j] * J^-1/2 * E^-1/2 * ReLU(q[t, j] . k[s])`.
+
+A task is a tile of neighbouring queries, which with all their heads are the 256 columns of a product, and a chunk of the keys.
+A program, one a processor, serves task after task, the longest first, with three groups of four warps:
+
+- two times `_score`: each takes one half of every block of 256 keys, multiplies 64 keys at a time with the queries, half of the
+  heads after the other, and sums one half while the next is multiplied. While one group sums, the other multiplies;
+- `_load` copies the queries of the next task and the keys of the next blocks, 16 bytes at a time, and writes -inf where no query sees.
+
+A row of a product is a key, and a thread holds two rows. Heads stand in such an order that all of a query lie in one thread, keys
+in such an order that the two of a thread are neighbours. The groups hand over through barriers in shared memory: a barrier's n-th
+wait is for phase n % 2; who waits for something to become free waits for the phase before, which a new barrier has behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from skim.ops.dispatch import processors
+from skim.ops.score.weights import head_weights
+
+ROWS = gl.constexpr(64)  # of a product
+KEYS = gl.constexpr(256)  # of a block: two groups take two times ROWS
+STAGES = gl.constexpr(4)  # blocks of keys in shared memory
+HEADS = 64  # at most
+WORK = 1024  # multiplications a score, at least: with fewer, writing scores bounds every kernel
+CHUNK = 8192  # keys of a task, at most
+BEGINNING = 160  # keys that a group could score while it begins a task
+REGISTERS = {256: (232, 40), 128: (216, 72)}  # a thread of the second `_score` and of `_load`; the first takes what is left
+
+# Triton renamed the copy after 3.6.
+copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+HIDDEN = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))  # [BQ, KEYS], 16 bytes a thread
+
+
+@gluon.constexpr_function
+def _dots(width):
+    """Layout of `[ROWS, width]`, what a product leaves."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 32])
+
+
+@gluon.constexpr_function
+def _result(BQ):
+    """Layout of `[ROWS, BQ]`: what sums of heads are left in, rows in the order of their keys."""
+    queries = [[0, 4 << i] for i in range((BQ // 4).bit_length() - 1)]
+    return gl.DistributedLinearLayout([[1, 0], *queries], [[0, 1], [0, 2], [2, 0], [4, 0], [8, 0]], [[16, 0], [32, 0]], [], [64, BQ])
+
+
+@gluon.constexpr_function
+def _tile(BE):
+    """Layout of rows of BE bytes in shared memory, for products."""
+    return gl.NVMMASharedLayout(BE, 8, 2)
+
+
+@gluon.constexpr_function
+def _row_copy(BE):
+    """Who copies rows of BE bytes: 16 bytes a thread."""
+    return gl.BlockedLayout([1, 16], [512 // BE, BE // 16], [4, 1], [1, 0])
+
+
+def refusal(function: str, args: tuple[Any, ...]) -> str | None:
+    """Why this kernel can't run this call, or None."""
+    if function != "index_scores":
+        return "hopper has forwards only"
+    q, k, _, _, k_scale, *_, block_table = args
+    if q.dtype != torch.float8_e4m3fn or k.dtype != torch.float8_e4m3fn or k_scale is None:
+        return "it multiplies float8_e4m3fn queries and keys with their scales"
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
+        return "it computes in float32, not in float64"
+    J, E = q.shape[2:]
+    if J > HEADS or E not in (64, 128):
+        return f"it takes up to {HEADS} heads of 64 or 128 channels, got {J} of {E}"
+    if J * E < WORK:
+        return f"it gains nothing where heads times channels are less than {WORK}, got {J} heads of {E}"
+    if block_table is not None:
+        return "it reads keys in rows, not in pages"
+    if k.stride()[1:] != (E, 1) or k.data_ptr() % 16 or (k.stride(0) % 16 and k.shape[0] > 1):
+        return "it copies 16 bytes at a time, and rows of k_index don't follow each other, or begin at no multiple of 16 bytes"
+    return None
+
+
+def _queries(J: int) -> int:
+    """Neighbouring queries that with all their heads fill the columns: 128 with few heads, whose queries take registers of their own."""
+    heads = triton.next_power_of_2(J)
+    return (256 if heads == HEADS else 128) // heads
+
+
+def _chunk(S: int, tiles: int, programs: int) -> int:
+    """Keys of a task, so that programs serve few rounds of short tasks, the last round with as few of them idle as can be."""
+    least = triton.cdiv(tiles * triton.cdiv(S, CHUNK), programs)
+    chunks = (rounds * programs // tiles for rounds in range(least, least + 4))
+    best = min(chunks, key=lambda n: triton.cdiv(tiles * n, programs) * (S / n + BEGINNING))
+    return triton.cdiv(triton.cdiv(S, best), KEYS.value) * KEYS.value
+
+
+@gluon.jit
+def _place(turn, tiles, row_tiles, chunk, BQ: gl.constexpr):
+    """Row of the batch, first query and first key of this program's task.
+
+    Tasks of one chunk follow each other: they find their keys in L2. The last queries, which see most, come first, and programs
+    take them in turns from the first to the last and from the last to the first, so that all have the same work.
+    """
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    task = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
+    tile = tiles - 1 - task % tiles
+    return (tile // row_tiles).to(gl.int64), tile % row_tiles * BQ, task // tiles * chunk
+
+
+@gluon.jit
+def _walk(start, end, origin, chunk, S):
+    """From which block to which queries with these intervals see keys of a chunk; its blocks, from and to, none behind the last key."""
+    seen = end > start
+    low = gl.min(gl.where(seen, start, S), 0)
+    high = gl.max(gl.where(seen, end, 0), 0)
+    first, last = origin // KEYS, gl.cdiv(gl.minimum(origin + chunk, S), KEYS)
+    begin = gl.minimum(gl.maximum(low // KEYS, first), last)
+    return begin, gl.maximum(gl.minimum(gl.cdiv(high, KEYS), last), begin), first, last
+
+
+@gluon.jit
+def _column(column, BQ: gl.constexpr, BJ: gl.constexpr):
+    """Query and head of each column of the products.
+
+    A product leaves a thread two neighbouring columns of each eight: heads of one query, and the threads beside it hold others.
+    """
+    WIDTH: gl.constexpr = BQ * BJ // 2
+    HALF: gl.constexpr = BJ // 2
+    inner = column % WIDTH
+    eight = inner // 8
+    return eight // (HALF // 2) * 4 + inner % 8 // 2, column // WIDTH * HALF + eight % (HALF // 2) * 2 + inner % 2
+
+
+@gluon.jit
+def _key(row):
+    """Place of each row's key in its block: rows r and r + 8 are neighbours."""
+    return row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+
+
+@gluon.jit
+def _fill(OUT, begin, stop, t0, T, S, BQ: gl.constexpr):
+    """-inf for blocks of keys that no query of the tile sees; OUT is of one row of the batch."""
+    t = gl.expand_dims(t0 + gl.arange(0, BQ, gl.SliceLayout(1, HIDDEN)), 1)
+    hidden = gl.full([BQ, KEYS], float("-inf"), gl.float32, HIDDEN)
+    for block in range(begin, stop):
+        key = gl.expand_dims(block * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, HIDDEN)), 0)
+        gl.store(OUT + t.to(gl.int64) * S + key, hidden, mask=(t < T) & (key < S))
+
+
+@gluon.jit
+def _load_queries(Q, W, START, END, t0, T, q, w, starts, ends, J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr):
+    """Copy queries, their weights and intervals; zeros where there is no such query or head. Pointers are of one row of the batch."""
+    layout: gl.constexpr = _row_copy(BE)
+    query, head = _column(gl.arange(0, BQ * BJ, gl.SliceLayout(1, layout)), BQ, BJ)
+    source = t0.to(gl.int64) * (J * BE) + (query * J + head) * BE
+    channel = gl.expand_dims(gl.arange(0, BE, gl.SliceLayout(0, layout)), 0)
+    copy(q, Q + gl.expand_dims(source, 1) + channel, mask=gl.expand_dims((t0 + query < T) & (head < J), 1))
+    query, head = _column(gl.arange(0, BQ * BJ, LINE), BQ, BJ)
+    copy(w, W + t0.to(gl.int64) * J + query * J + head, mask=(t0 + query < T) & (head < J))
+    t = t0 + gl.arange(0, BQ, LINE)
+    copy(starts, START + t, mask=t < T)
+    copy(ends, END + t, mask=t < T)
+
+
+@gluon.jit
+def _load(
+    Q, W, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
+    q, w, starts, ends, keys, scales, asked, answered, ready, free,
+    J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr,
+):  # fmt: skip
+    """Copy queries and keys."""
+    layout: gl.constexpr = _row_copy(BE)
+    row, channel = _key(gl.arange(0, KEYS, gl.SliceLayout(1, layout))), gl.expand_dims(gl.arange(0, BE, gl.SliceLayout(0, layout)), 0)
+    line = gl.arange(0, KEYS, LINE)
+    block = 0
+    for turn in range(turns):
+        b, t0, origin = _place(turn, tiles, row_tiles, chunk, BQ)
+        buffer = turn % 2
+        mbarrier.wait(answered.index(buffer), (turn // 2 & 1) ^ 1)
+        _load_queries(
+            Q + b * T * (J * BE), W + b * T * J, START + b * T, END + b * T, t0, T,
+            q.index(buffer), w.index(buffer), starts.index(buffer), ends.index(buffer), J, BQ, BJ, BE,
+        )  # fmt: skip
+        async_copy.mbarrier_arrive(asked.index(buffer), increment_count=False)  # each thread, when its copies are there
+        t = t0 + gl.arange(0, BQ, gl.SliceLayout(0, _result(BQ)))
+        start = gl.maximum(gl.load(START + b * T + t, mask=t < T, other=0), 0)
+        end = gl.minimum(gl.load(END + b * T + t, mask=t < T, other=0), S)
+        begin, stop, first, last = _walk(start, end, origin, chunk, S)
+        for n in range(begin, stop):
+            stage = block % STAGES
+            place = n * KEYS + line
+            mbarrier.wait(free.index(stage), (block // STAGES & 1) ^ 1)
+            source = K + b * k_b + gl.cast(n, gl.int64) * (KEYS * BE)
+            copy(keys.index(stage), source + gl.expand_dims(row * BE, 1) + channel, mask=gl.expand_dims(n * KEYS + row < S, 1))
+            copy(scales.index(stage), SCALE + b * s_b + place.to(gl.int64) * s_s, mask=place < S)
+            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+            block += 1
+        _fill(OUT + b * T * S, first, begin, t0, T, S, BQ)
+        _fill(OUT + b * T * S, stop, last, t0, T, S, BQ)
+
+
+@gluon.jit
+def _multiply(k, i: gl.constexpr, q, HALF: gl.constexpr, WIDTH: gl.constexpr):
+    """Begin the products of the i-th ROWS of keys k `[.., BE]` with one half of the columns of q `[.., BE]`."""
+    zeros = gl.zeros([ROWS, WIDTH], gl.float32, _dots(WIDTH))
+    return warpgroup_mma(k.slice(i * ROWS, ROWS), q.slice(HALF * WIDTH, WIDTH).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _sum_heads(dots, w, BQ: gl.constexpr, BJ: gl.constexpr):
+    """`sum_j w * ReLU(q . k)` over one half of the heads: `[ROWS, BQ]`.
+
+    These products are finite, so x + |x| is twice ReLU(x); additions run at twice the rate of maxima.
+    """
+    terms = (dots + gl.abs(dots)) * gl.expand_dims(w, 0)
+    terms = gl.permute(gl.reshape(terms, (ROWS, BQ // 4, BJ // 4, 4, 2)), (0, 1, 3, 2, 4))
+    total = gl.sum(gl.sum(terms, 3), 3)
+    # Here and not later: a product that is to overwrite dots would be waited for.
+    total = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=gl.float32, is_pure=False, pack=1)
+    return gl.reshape(total, (ROWS, BQ))
+
+
+@gluon.jit
+def _store(OUT, scores, scale, origin, t0, start, end, T, S, BQ: gl.constexpr):
+    """Scores `[ROWS, BQ]` of the keys from `origin` on; OUT is of one row of the batch."""
+    layout: gl.constexpr = _result(BQ)
+    scores = gl.reshape(gl.permute(gl.reshape(scores, (4, 2, 8, BQ)), (0, 2, 1, 3)), (ROWS, BQ))  # keys as they follow each other
+    scores = gl.convert_layout(scores, layout) * gl.expand_dims(scale, 1)
+    key = gl.expand_dims(origin + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
+    t = gl.expand_dims(t0 + gl.arange(0, BQ, gl.SliceLayout(0, layout)), 0)
+    visible = (key >= gl.expand_dims(start, 0)) & (key < gl.expand_dims(end, 0))
+    gl.store(OUT + t.to(gl.int64) * S + key, gl.where(visible, scores, float("-inf")), mask=(key < S) & (t < T))
+
+
+@gluon.jit
+def _score(
+    HALF: gl.constexpr, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, starts, ends, keys, scales, asked, answered, ready, free,
+    BQ: gl.constexpr, BJ: gl.constexpr,
+):  # fmt: skip
+    """Scores of one half of each block of keys."""
+    WIDTH: gl.constexpr = BQ * BJ // 2
+    of_columns: gl.constexpr = gl.SliceLayout(0, _dots(WIDTH))
+    of_queries: gl.constexpr = gl.SliceLayout(0, _result(BQ))
+    of_keys: gl.constexpr = gl.SliceLayout(1, _result(BQ))
+    block = 0
+    for turn in range(turns):
+        b, t0, origin = _place(turn, tiles, row_tiles, chunk, BQ)
+        buffer = turn % 2
+        mbarrier.wait(asked.index(buffer), turn // 2 & 1)
+        fence_async_shared()
+        queries = q.index(buffer)
+        first_w = 0.5 * w.index(buffer).slice(0, WIDTH).load(of_columns)
+        second_w = 0.5 * w.index(buffer).slice(WIDTH, WIDTH).load(of_columns)
+        start, end = gl.maximum(starts.index(buffer).load(of_queries), 0), gl.minimum(ends.index(buffer).load(of_queries), S)
+        begin, stop, _, _ = _walk(start, end, origin, chunk, S)
+        for n in range(begin, stop):
+            stage = block % STAGES
+            mbarrier.wait(ready.index(stage), block // STAGES & 1)
+            fence_async_shared()
+            k = keys.index(stage).slice(HALF * 2 * ROWS, 2 * ROWS)
+            scale = scales.index(stage).slice(HALF * 2 * ROWS, 2 * ROWS)
+            first = _multiply(k, 0, queries, 0, WIDTH)
+            second = _multiply(k, 0, queries, 1, WIDTH)
+            for i in gl.static_range(2):
+                factor = scale.slice(i * ROWS, ROWS).load(of_keys)
+                scores = _sum_heads(warpgroup_mma_wait(1, deps=[first]), first_w, BQ, BJ)
+                if i == 0:
+                    first = _multiply(k, 1, queries, 0, WIDTH)
+                dots = warpgroup_mma_wait(1 - i, deps=[second])
+                if i == 1:
+                    mbarrier.arrive(free.index(stage), count=1)
+                scores += _sum_heads(dots, second_w, BQ, BJ)
+                if i == 0:
+                    second = _multiply(k, 1, queries, 1, WIDTH)
+                _store(OUT + b * T * S, scores, factor, n * KEYS + (HALF * 2 + i) * ROWS, t0, start, end, T, S, BQ)
+            block += 1
+        mbarrier.arrive(answered.index(buffer), count=1)
+
+
+@gluon.jit(do_not_specialize=["turns", "tiles", "row_tiles", "chunk", "T"])
+def forward(
+    Q, W, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
+    J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, REGISTERS_SCORE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
+):  # fmt: skip
+    """Scores: every program serves `turns` tasks, some of the last behind the keys; a chunk's tasks are the `tiles` of the queries."""
+    q = gl.allocate_shared_memory(gl.float8e4nv, [2, BQ * BJ, BE], _tile(BE))
+    keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, BE], _tile(BE))
+    w = gl.allocate_shared_memory(gl.float32, [2, BQ * BJ], LINES)
+    starts = gl.allocate_shared_memory(gl.int32, [2, BQ], LINES)
+    ends = gl.allocate_shared_memory(gl.int32, [2, BQ], LINES)
+    scales = gl.allocate_shared_memory(gl.float32, [STAGES, KEYS], LINES)
+    asked = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    answered = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(asked.index(i), count=128)
+        mbarrier.init(answered.index(i), count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=128)
+        mbarrier.init(free.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (_score, (0, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, starts, ends, keys, scales, asked, answered, ready, free, BQ, BJ)),
+            (_score, (1, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, starts, ends, keys, scales, asked, answered, ready, free, BQ, BJ)),
+            (_load, (
+                Q, W, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
+                q, w, starts, ends, keys, scales, asked, answered, ready, free, J, BQ, BJ, BE,
+            )),
+        ],
+        [4, 4],
+        [REGISTERS_SCORE, REGISTERS_LOAD],
+    )  # fmt: skip
+
+
+def index_scores(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor,
+    start: Tensor,
+    end: Tensor,
+    workspace_mb: int,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    (B, T, J, E), S, k_scale = q.shape, k.shape[1], k_scale.float()
+    scores = torch.empty(B, T, S, dtype=torch.float32, device=q.device)
+    if scores.numel() == 0:
+        return scores
+    BJ, BQ, programs = triton.next_power_of_2(J), _queries(J), processors(q.device)
+    row_tiles = triton.cdiv(T, BQ)
+    chunk = _chunk(S, B * row_tiles, programs)
+    tasks = B * row_tiles * triton.cdiv(S, chunk)
+    programs = min(tasks, programs)
+    forward[(programs,)](
+        q.contiguous(), head_weights(weights, q_scale, E).contiguous(), k, k_scale, start.contiguous(), end.contiguous(), scores,
+        k.stride(0), *k_scale.stride(), triton.cdiv(tasks, programs), B * row_tiles, row_tiles, chunk, T, S,
+        J, BQ, BJ, E, *REGISTERS[BQ * BJ], num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return scores

@@ -1,0 +1,155 @@
+"""The Gluon kernel of index scores against the reference: simulated on a CPU, or on an sm_90 GPU where there is one; and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import index_inputs, moved_to, random_interval
+from reference_math import interval_mask
+from torch import Tensor
+
+kernels = pytest.importorskip("skim.ops.score.hopper", reason="Triton is not installed, or has no Gluon")
+
+from simulated import LANGUAGE, Simulated, here  # noqa: E402
+from test_compiled import SHARED, found  # noqa: E402
+
+from skim.ops import codec, dispatch, index_scores, visible  # noqa: E402
+
+FORWARD = kernels.forward
+REAL = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+DEVICE = "cuda" if REAL else "cpu"
+# Bytes that may be spilled for so many heads: counters and addresses, beside the weights and the products of a warp group.
+SPILLED = {"64": 464, "32": 320, "17": 48, "8": 256}
+
+
+@pytest.fixture(autouse=True)
+def simulated_without_a_card(monkeypatch: pytest.MonkeyPatch):
+    if not REAL:
+        dispatch._module.cache_clear()
+        monkeypatch.setattr(dispatch, "_without_hopper", lambda device_type, index: None)
+        forward = Simulated(kernels.forward)
+        # What it says in PTX are copies.
+        forward.globals["gl"] = SimpleNamespace(**{**vars(LANGUAGE), "inline_asm_elementwise": lambda asm, constraints, args, **options: args[0]})
+        monkeypatch.setattr(kernels, "forward", forward)
+    yield
+    dispatch._module.cache_clear()
+
+
+def eight(B: int = 1, T: int = 5, S: int = 600, J: int = 64, E: int = 128) -> tuple[Any, Any, Tensor]:
+    """Queries and keys in FP8 with their scales, and weights."""
+    q, k, weights = index_inputs(B, T, S, J, E)
+    return codec.quantise(q), codec.quantise(k), weights
+
+
+def scores(inputs: tuple[Any, ...], impl: str = "hopper", **options: Any) -> Tensor:
+    moved = {name: moved_to(DEVICE, x) for name, x in options.items()}
+    return index_scores(*moved_to(DEVICE, inputs), impl=impl, **moved).cpu()
+
+
+def check(inputs: tuple[Any, ...], **interval: Tensor) -> None:
+    found, wanted = scores(inputs, **interval), index_scores(*inputs, impl="reference", **interval)
+    assert torch.equal(found.isinf(), wanted.isinf())
+    seen = wanted.isfinite()
+    bound = 1e-4 if REAL else 1e-6  # matrix units sum FP8 products in fewer bits
+    assert float((found[seen] - wanted[seen]).norm()) <= bound * float(wanted[seen].norm())
+
+
+@pytest.mark.parametrize(("J", "E"), [(64, 128), (64, 64), (40, 128), (32, 64), (17, 128), (8, 128)])
+def test_any_number_of_heads(J: int, E: int) -> None:
+    check(eight(2, 19, 600, J, E))
+
+
+@pytest.mark.parametrize("S", (1, 255, 256, 257, 513, 700))
+def test_any_number_of_keys(S: int) -> None:
+    inputs = eight(T=5, S=S)
+    start, end = random_interval(1, 5, S)
+    check(inputs, start=start, end=end)
+
+
+@pytest.mark.parametrize("processors", (1, 3, 64))
+def test_the_same_bits_for_any_chunk_batch_and_split(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, weights = eight(2, 9, 900)
+    start, end = (x.expand(2, 9) for x in visible(900, 9))
+    whole = scores((q, k, weights), start=start, end=end)
+    monkeypatch.setattr(kernels, "processors", lambda device: processors)
+    monkeypatch.setattr(kernels, "CHUNK", 256)
+    assert torch.equal(scores((q, k, weights), start=start, end=end), whole)
+    for t in (0, 5):
+        one = slice(t, t + 1)
+        alone = scores((tuple(x[1:, one] for x in q), tuple(x[1:] for x in k), weights[1:, one]), start=start[1:, one], end=end[1:, one])
+        assert torch.equal(alone, whole[1:, one])
+
+
+@pytest.mark.parametrize(("T", "S", "limit"), [(4096, 8192, 1.07), (4096, 32768, 1.05), (8192, 8192, 1.07), (128, 32768, 1.1), (560, 8192, 1.25)])
+def test_no_processor_has_much_more_work_than_another(T: int, S: int, limit: float) -> None:
+    here.program, here.programs = list(range(132)), 132
+    queries = kernels._queries(64)
+    tiles = T // queries
+    chunk = kernels._chunk(S, tiles, 132)
+    turns = -(-tiles * -(-S // chunk) // 132)
+    _, t0, origin = Simulated(FORWARD).globals["_place"](torch.arange(turns)[:, None], tiles, tiles, chunk, queries)
+    work = ((S - T + t0 + queries).clamp(max=origin + chunk) - origin).clamp(min=0).sum(0)
+    assert work.sum() == sum(range(S - T + queries, S + 1, queries))
+    assert work.max() <= limit * work.float().mean()
+
+
+def test_queries_that_see_nothing_between_others() -> None:
+    start, end = torch.zeros(1, 12, dtype=torch.int32), torch.full((1, 12), 500, dtype=torch.int32)
+    end[0, 4:8] = 0
+    start[0, 9], end[0, 9], end[0, 10] = 400, 300, 2000
+    check(eight(T=12), start=start, end=end)
+
+
+def test_nan_in_an_unseen_key_reaches_no_score() -> None:
+    q, (k, k_scale), weights = eight(T=5)
+    start, end = torch.tensor([[0, 0, 20, 20, 40]], dtype=torch.int32), torch.tensor([[5, 10, 21, 30, 200]], dtype=torch.int32)
+    poisoned = k.clone()
+    poisoned[:, 10:15], poisoned[:, 200:] = torch.nan, torch.nan
+    seen = interval_mask(start, end, 600)
+    clean, dirty = (scores((q, (x, k_scale), weights), start=start, end=end) for x in (k, poisoned))
+    assert torch.equal(clean[seen], dirty[seen]) and bool((dirty[~seen] == -torch.inf).all())
+
+
+def test_keys_of_rows_far_apart() -> None:
+    q, (k, k_scale), weights = eight(2, 5, 300)
+    apart = torch.empty(2, 500, 128, dtype=k.dtype)[:, :300].copy_(k)
+    assert torch.equal(scores((q, (apart, k_scale), weights)), scores((q, (k, k_scale), weights)))
+
+
+def test_scales_and_weights_in_half_precision() -> None:
+    (q, q_scale), (k, k_scale), weights = eight(2, 5, 300)
+    check(((q, q_scale.bfloat16()), (k, k_scale.bfloat16()), weights.bfloat16()))
+
+
+def test_what_it_cannot_run_it_refuses_by_name() -> None:
+    q, (k, k_scale), weights = eight(T=4, S=40)
+    packed, every = codec.pack(k, k_scale), torch.ones_like(k)
+    with pytest.raises(ValueError, match="float8_e4m3fn queries and keys"):
+        scores(index_inputs(T=4, S=40, E=64))
+    with pytest.raises(ValueError, match="64 heads of 64 or 128 channels, got 65 of 128"):
+        scores(eight(T=1, S=1, J=65))
+    with pytest.raises(ValueError, match="gains nothing where heads times channels are less than 1024, got 8 heads of 64"):
+        scores(eight(T=16, S=1, J=8, E=64))
+    with pytest.raises(ValueError, match="computes in float32, not in float64"):
+        scores((q, (k, k_scale), weights.double()))
+    with pytest.raises(ValueError, match="rows of k_index don't follow each other"):
+        scores((q, packed, weights))
+    with pytest.raises(ValueError, match="rows of k_index don't follow each other"):
+        scores((q, (torch.cat((k, every), 2)[..., :128], k_scale), weights))
+
+
+@pytest.mark.slow
+def test_compiled_for_sm_90(tmp_path: Path) -> None:
+    compiled = [row for row in found(90, ("hopper_score",), tmp_path) if row["kernel"] == "forward"]
+    assert len(compiled) == 5
+    for row in compiled:
+        call = row["call"]
+        # Two groups multiply 2 x 64 keys with two halves of the heads, 32 channels at a time.
+        shape = "m64n128k32" if call.startswith("64") else "m64n64k32"
+        assert row["products"] == {shape: 2 * 2 * 2 * (4 if "x128" in call else 2)}, call
+        assert row["spilled"] <= SPILLED[call.split("x")[0]], call
+        assert row["shared"] <= SHARED[90] << 10 and row["warps"] == 12, call
