@@ -54,7 +54,7 @@ def check(inputs: tuple[Any, ...], **interval: Tensor) -> None:
     found, wanted = scores(inputs, **interval), index_scores(*inputs, impl="reference", **interval)
     assert torch.equal(found.isinf(), wanted.isinf())
     seen = wanted.isfinite()
-    bound = 1e-4 if REAL else 1e-6  # matrix units sum FP8 products in fewer bits
+    bound = 2e-4 if REAL else 1e-6  # matrix units sum FP8 products in fewer bits: 1.3e-4 of 128 channels, with Triton's kernel too
     assert float((found[seen] - wanted[seen]).norm()) <= bound * float(wanted[seen].norm())
 
 
@@ -127,7 +127,7 @@ def test_scales_and_weights_in_half_precision() -> None:
 
 def test_what_it_cannot_run_it_refuses_by_name() -> None:
     q, (k, k_scale), weights = eight(T=4, S=40)
-    packed, every = codec.pack(k, k_scale), torch.ones_like(k)
+    packed, (there, every) = codec.pack(k, k_scale), moved_to(DEVICE, (k, torch.ones_like(k)))
     with pytest.raises(ValueError, match="float8_e4m3fn queries and keys"):
         scores(index_inputs(T=4, S=40, E=64))
     with pytest.raises(ValueError, match="64 heads of 64 or 128 channels, got 65 of 128"):
@@ -139,7 +139,7 @@ def test_what_it_cannot_run_it_refuses_by_name() -> None:
     with pytest.raises(ValueError, match="rows of k_index don't follow each other"):
         scores((q, packed, weights))
     with pytest.raises(ValueError, match="rows of k_index don't follow each other"):
-        scores((q, (torch.cat((k, every), 2)[..., :128], k_scale), weights))
+        scores((q, (torch.cat((there, every), 2)[..., :128], k_scale), weights))
 
 
 @pytest.mark.slow
