@@ -306,13 +306,29 @@ def rounding(name: str) -> str:
 
 
 def hopper(name: str) -> str:
-    """H1 and H2 of a result of benchmarks/hopper.py: MLA attention beside the best hand-written kernel."""
-    rows = [
-        [f"{row['case']}, {row['heads']} heads", row["kind"], tokens(row["n"]), number(row["ms"]), number(row["tflops"]), f"{row['ratio']:.2f}"]
-        for row in results()[name]["rows"]
-        if row["case"] in ("H1", "H2")
-    ]
-    return table(["case", "order of the keys", "keys", "ms", "TFLOPS", "times the peer's rate"], rows)
+    """H1 to H9 of a result of benchmarks/hopper.py, beside the best hand-written kernel."""
+    rows = []
+    for row in results()[name]["rows"]:
+        if row["case"] in HOPPER and row.get("impl", "hopper") == "hopper":
+            what = [HOPPER[row["case"]], *(f"{row[key]} {key}" for key in ("heads", "queries") if key in row), row["kind"]]
+            rate = row["tflops"] and number(row["tflops"])
+            peer = row["ratio"] and f"{row['ratio']:.2f}"
+            rows.append([row["case"], ", ".join(part for part in what if part != "-"), tokens(row["n"]), number(row["ms"]), rate or "", peer or ""])
+    return table(["case", "what", "keys", "ms", "TFLOPS", "times the peer's rate"], rows)
+
+
+HOPPER = {
+    "H1": "prefill",
+    "H2": "prefill",
+    "H3": "prefill",
+    "H4": "decode",
+    "H5": "decode",
+    "dense": "decode over all keys, 32 rows",
+    "H6": "FP8 index scores",
+    "H7": "top-2048",
+    "H8": "index scores and top-2048",
+    "H9": "backward",
+}
 
 
 def variants(name: str) -> str:
