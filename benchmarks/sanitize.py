@@ -47,8 +47,8 @@ GPU = DEVICE.type == "cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32) if GPU else (torch.float32,)  # the interpreter gets bfloat16 wrong
 OPTIONS = {"impl": "triton"}
 
-attention, hopper, unions, selecting, scoring = (
-    import_module(f"skim.ops.{name}") for name in ("attend.triton", "attend.hopper", "attend.union", "select.triton", "score.triton")
+attention, latent, hopper, unions, selecting = (
+    import_module(f"skim.ops.{name}") for name in ("attend.triton", "attend.latent_backward", "attend.hopper", "attend.union", "select.triton")
 )
 
 
@@ -155,6 +155,10 @@ def ranked() -> None:
     with mock.patch.multiple(selecting, CAPACITY=64, ROOM=0):
         selecting.top_k(rows, start, end, K)
         selecting.top_k(torch.full_like(rows, torch.nan), start, end, K)  # flagged, so done again
+    with mock.patch.multiple(selecting, PROGRAMS=2):  # a program a row
+        for keys in (900, 9_000):
+            scores = draw(3, keys).mul(4).round()
+            selecting.top_k(scores, *(x[0] for x in interval(1, 3, keys).values()), 20)
 
 
 def attended(shape: tuple[int, int, int], T: int, S: int, K: int, *, alike: bool, mla: bool = False) -> None:
@@ -213,8 +217,21 @@ def latents() -> None:
             skim.attend(draw(1, T, H, 576, dtype=dtype), held[:, :, None], indices=indices, v_channels=512, scale=0.05, **OPTIONS)
 
 
+def latent_gradients() -> None:
+    """The backward of sm_90; Triton's interpreter, which multiplies float32 alone, is to serve that."""
+    T, S, H = (20, 400, 128) if GPU else (2, 40, 64)
+    serves = latent.serves if GPU else lambda q, *args: True
+    with mock.patch.object(latent, "serves", serves):
+        for dtype in DTYPES[:2]:
+            q, k = leaves((1, T, H, 576), (1, S, 1, 576), dtype=dtype)
+            indices = random_indices(1, T, 300 if GPU else 30, S, alike=False)
+            backward(*skim.attend(q, k, indices=indices, v_channels=512, scale=0.05, **OPTIONS))
+
+
 def gluon() -> None:
-    """The kernels of sm_90: the heads of one query, or neighbours that share a union; many tasks a program, or walks that are split."""
+    """The kernels of sm_90: scores, selection by them, and attention, whose tasks share unions, are many a program, or have walks that are split."""
+    q, weights = codec.quantise(draw(1, 300, 64, 128)), draw(1, 300, 64)
+    skim.select(q, codec.quantise(draw(1, 900, 128)), weights, 100, with_scores=True, impl="hopper")
     for H, sink, T, count in ((128, None, 40, 4), (16, draw(16), 40, 4), (20, None, 40, 4), (128, draw(128), 2, 132), (16, None, 2, 132)):
         q, indices = draw(1, T, H, 576, dtype=torch.bfloat16), random_indices(1, T, 500, 600, alike=False)
         with processors(count):
@@ -240,7 +257,20 @@ def gathered() -> None:
     gather(draw(50, WIDTH, dtype=DTYPES[0]), torch.randint(0, 50, (2, ROWS), dtype=torch.int32, device=DEVICE))
 
 
-CASES: tuple[Callable[[], None], ...] = (codecs, scores, selections, ranked, shared, alone, dense, latents, gluon, aligned, gathered)
+CASES: tuple[Callable[[], None], ...] = (
+    codecs,
+    scores,
+    selections,
+    ranked,
+    shared,
+    alone,
+    dense,
+    latents,
+    latent_gradients,
+    gluon,
+    aligned,
+    gathered,
+)
 
 
 @contextlib.contextmanager
