@@ -180,7 +180,9 @@ def show_command(
     out: Annotated[str, typer.Option(metavar="FILE.html", help="The page.")] = "skim.html",
     tokens: Annotated[int, typer.Option(min=2, help="How much of the text to read.")] = 4096,
     budget: Annotated[int | None, typer.Option(min=1, help="Keys that each query reads; by default the adapter's.")] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Also what dense attention wanted and DSA passed over; takes longer.")] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Also what dense attention wanted and DSA passed over, and the oracle to compare with; takes longer.")
+    ] = False,
     eval_file: Annotated[str | None, typer.Option("--eval", metavar="FILE.json", help="Show the quality that `skim eval --json` measured.")] = None,
 ) -> None:
     """Write a page that shows which keys each token read, layer by layer; it opens in any browser, without a network."""
@@ -363,7 +365,7 @@ REFERENCE = {
     "align on a GPU": "heads over a process group; indexers of more than 16384 heads x channels",
 }
 KERNELS = {
-    "measured on": "NVIDIA H200 (sm_90)",
+    "measured on": "NVIDIA H100, H200 (sm_90)",
     "not run on": "sm_80, sm_89, sm_120: for these they are compiled and simulated in tests",
 }
 

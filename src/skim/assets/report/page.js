@@ -217,8 +217,9 @@
     if (!all) said += ` and keeps ${near}${percent(dsa)} of dense attention’s mass`;
     if (!all && now.compare === "window") said += `; a window of ${whole(reads)} keeps ${percent(window)}`;
     if (!all && now.compare === "oracle") said += `; the ${whole(reads)} best keys would keep ${percent(oracle)}`;
-    $("summary").textContent = `${said}.`;
     const read = found.filter((f) => f.read).sort((a, b) => b.weight - a.weight), strongest = read.length ? read[0].weight : 1;
+    const few = read.length < reads ? ` The ${whole(read.length)} of most weight are marked.` : "";
+    $("summary").textContent = `${said}.${few}`;
     fillList("read", read.slice(0, 12), (f) => percent(f.weight), (f) => f.weight / strongest);
     const missed = found.filter((f) => f.missed).sort((a, b) => b.dense - a.dense);
     fillList("missed", missed, (f) => `${percent(f.dense)} lost`, (f) => f.dense / strongest);
