@@ -47,7 +47,7 @@ def test_doctor_says_why_a_gpu_does_not_take_the_fastest_kernels(monkeypatch, re
     request.addfinalizer(dispatch._module.cache_clear)
     dispatch._module.cache_clear()
     taken = {operator: cli._taken(operator, torch.device("cuda", 0)) for operator in ("attend", "score")}
-    assert taken == {"attend": "triton (Gluon kernels here need an NVIDIA GPU of sm_90, this is sm_80)", "score": "triton"}
+    assert set(taken.values()) == {"triton (Gluon kernels here need an NVIDIA GPU of sm_90, this is sm_80)"}
 
 
 def test_doctor_names_the_limits_that_kernels_have():

@@ -405,6 +405,8 @@ def diagnosis() -> dict[str, dict[str, Any]]:
 def _taken(operator: str, device: torch.device) -> str:
     """What `impl="auto"` takes, with the reason where there is something faster that cannot run here."""
     taken = dispatch.choice(operator, device)
+    if taken == "hopper":
+        return "hopper, and triton what that refuses"
     faster = {"triton": "hopper", "reference": "numba" if device.type == "cpu" else "triton"}.get(taken)
     if faster is None or (faster == "hopper" and util.find_spec(f"skim.ops.{operator}.hopper") is None):
         return taken

@@ -64,8 +64,9 @@ def attend(capability: int) -> Iterator[Call]:
 def latent(capability: int) -> Iterator[Call]:
     """MLA: the values are the first channels of the keys."""
     shape = 128, 1, 576, 512
-    yield from named(shape, attention(shape, 64, 1))
-    yield from named(shape, ((f"{name}, decode", call) for name, call in attention(shape, 1, 132) if "backward" not in name))
+    if capability != 89:
+        yield from named(shape, attention(shape, 64, 1))
+        yield from named(shape, ((f"{name}, decode", call) for name, call in attention(shape, 1, 132) if "backward" not in name))
     kernels = import_module("skim.ops.attend.triton")
     for H, (T, processors, suffix) in product((16,) if capability == 89 else (128, 16), ((64, 1, ""), (1, 132, ", decode"))):
         q, k = empty(1, T, H, 576), empty(1, 4096, 1, 656, dtype=torch.uint8)

@@ -140,6 +140,10 @@ def test_what_it_cannot_run_it_refuses_by_name() -> None:
         scores((q, packed, weights))
     with pytest.raises(ValueError, match="rows of k_index don't follow each other"):
         scores((q, (torch.cat((there, every), 2)[..., :128], k_scale), weights))
+    values, scale = (x.to(DEVICE) for x in q)
+    shifted = torch.empty(values.numel() + 8, dtype=values.dtype, device=DEVICE)[8:].view(values.shape).copy_(values)
+    with pytest.raises(ValueError, match="q_index begins at no multiple of 16 bytes"):
+        scores(((shifted, scale), (k, k_scale), weights))
 
 
 @pytest.mark.slow

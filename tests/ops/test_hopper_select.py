@@ -72,6 +72,11 @@ def test_more_than_there_is() -> None:
     compare(whole_numbers(T=9, S=30), 50, with_scores=True)
 
 
+def test_no_keys_at_all() -> None:
+    nothing = torch.zeros(1, 9, dtype=torch.int32)
+    compare(whole_numbers(T=9, S=0), 5, start=nothing, end=nothing, with_scores=True)
+
+
 def test_cached_bytes_select_as_keys_in_one_piece() -> None:
     q, k, weights = whole_numbers(2, 8, 320)
     start, end = random_interval(2, 8, 320)
@@ -89,11 +94,12 @@ def test_a_share_of_the_softmax() -> None:
 
 def test_what_it_cannot_run_it_refuses_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     q, (k, k_scale), weights = moved_to(DEVICE, whole_numbers())
-    with pytest.raises(ValueError, match="up to 8192 of 1048576 keys, got a budget of 9000"):
+    monkeypatch.setattr(kernels, "ROWS", 8)
+    with pytest.raises(ValueError, match="up to 8192 of 524288 keys, got a budget of 9000"):
         select(q, tuple(x.expand(1, 10_000, *x.shape[2:]).contiguous() for x in (k[:, :1], k_scale[:, :1])), weights, 9000, impl="hopper")
-    monkeypatch.setattr(kernels, "ROWS", 16)
-    with pytest.raises(ValueError, match="16 queries at a time, at least, got 9"):
-        select(q, (k, k_scale), weights, 5, impl="hopper")
     monkeypatch.setattr(kernels, "WORK", 4096)
     with pytest.raises(ValueError, match="4096 channels of all heads at least, got 16 heads of 64"):
+        select(q, (k, k_scale), weights, 5, impl="hopper")
+    monkeypatch.setattr(kernels, "ROWS", 16)
+    with pytest.raises(ValueError, match="16 queries at a time, at least, got 9"):
         select(q, (k, k_scale), weights, 5, impl="hopper")

@@ -86,6 +86,8 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
         return "it reads keys in rows, not in pages"
     if k.stride()[1:] != (E, 1) or k.data_ptr() % 16 or (k.stride(0) % 16 and k.shape[0] > 1):
         return "it copies 16 bytes at a time, and rows of k_index don't follow each other, or begin at no multiple of 16 bytes"
+    if q.is_contiguous() and q.data_ptr() % 16:  # others are copied
+        return "it copies 16 bytes at a time, and q_index begins at no multiple of 16 bytes"
     return None
 
 
@@ -344,7 +346,7 @@ def index_scores(
     programs = min(tasks, programs)
     forward[(programs,)](
         q.contiguous(), head_weights(weights, q_scale, E).contiguous(), k, k_scale, start.contiguous(), end.contiguous(), scores,
-        k.stride(0), *k_scale.stride(), triton.cdiv(tasks, programs), B * row_tiles, row_tiles, chunk, T, S,
+        k.stride(0) if B > 1 else 0, *k_scale.stride(), triton.cdiv(tasks, programs), B * row_tiles, row_tiles, chunk, T, S,
         J, BQ, BJ, E, *REGISTERS[BQ * BJ], num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return scores

@@ -34,7 +34,8 @@ def select(
 
     Order: score descending, then position descending: among equals the most recent token wins. -0.0 equals +0.0, NaN
     never wins. A row that sees no more than `budget` keys keeps them all. One implementation gives bitwise the same for any
-    batch or chunk; on sm_90 "auto" takes another for many queries of many FP8 heads than for few.
+    batch or chunk; on sm_90 "auto" takes another for FP8 keys of many heads where there are many queries, and not too many keys
+    for `workspace_mb`, than where there are few.
     Nothing here has a gradient. Source: DeepSeek-V3.2-Exp report, section 1.
 
     With `mass` the budget is adaptive: of these keys a row keeps the fewest, in the same order, that hold this share of

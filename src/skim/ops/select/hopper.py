@@ -20,7 +20,7 @@ from skim.ops.workspace import chunks
 
 ROWS = 264  # queries at least, and a multiple of which are a chunk: whole waves of programs
 WORK = 4096  # channels of all heads, at least: of fewer the scores' way through memory would take longer than making them
-BUDGET, KEYS = 8192, 1 << 20  # at most, for the top-k
+BUDGET, KEYS = 8192, 1 << 19  # at most, for the top-k
 BLOCK = 4096  # scores that a program sums at once
 
 
@@ -30,14 +30,14 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
         return "hopper selects by scores that it makes"
     q, k, budget, workspace_mb, block_table = args[0], args[1], args[7], args[11], args[12]
     (T, J, E), S = q.shape[1:], length(k, block_table)
+    if min(T, (_for_scores(workspace_mb) << 20) // max(1, 4 * S)) < ROWS:
+        return f"it takes {ROWS} queries at a time, at least, got {T} with {S} keys each and {workspace_mb} MiB"
     together = torch.empty(len(q), S, k.shape[2], dtype=k.dtype, device="meta")
     reason = score.refusal("index_scores", (q, together, *args[2:7], workspace_mb, None))
     if reason is None and J * E < WORK:
         reason = f"it selects by {WORK} channels of all heads at least, got {J} heads of {E}"
     if reason is None and (min(budget, S) > BUDGET or S > KEYS):
         reason = f"it selects up to {BUDGET} of {KEYS} keys, got a budget of {budget} and {S} keys"
-    if reason is None and min(T, (_for_scores(workspace_mb) << 20) // max(1, 4 * S)) < ROWS:
-        reason = f"it takes {ROWS} queries at a time, at least, got {T} with {S} keys each and {workspace_mb} MiB"
     return reason
 
 
@@ -114,6 +114,8 @@ def select(
     counts = torch.empty(B, T, dtype=torch.int32, device=q.device)
     chosen = torch.empty((B, T, budget) if with_scores else (0,), dtype=torch.float32, device=q.device)
     lse = torch.empty((B, T) if with_scores else (0,), dtype=torch.float32, device=q.device)
+    if S == 0:
+        return indices.fill_(-1), counts.zero_(), chosen.fill_(-torch.inf), lse.fill_(-torch.inf)
     memory = _for_scores(workspace_mb)
     rest = max(1, workspace_mb - memory)
 

@@ -475,7 +475,7 @@ def threshold_of(SCORES, start, end, S, budget, stride, BM: tl.constexpr):
     # Four standard deviations more where neighbours are all alike, and eleven where they have nothing to do with each other.
     wanted = tl.ceil(expected + 4 * tl.sqrt(expected * PIECE) + 4).to(tl.int32)
     most = wanted + wanted // 16
-    point, position = tl.full([], -RANK_FINITE - 1, tl.int32), tl.full([], LOWEST, tl.int32)
+    point, position = tl.full([], -RANK_FINITE - 1, tl.int32), start  # everything
     if wanted <= number:
         point = greatest(rank, wanted, most, tl.full([], RANK_NAN, tl.int32), tl.max(rank) + 1)
         above, equal = tl.sum((rank > point).to(tl.int32)), tl.sum((rank == point).to(tl.int32))
@@ -698,7 +698,8 @@ def refusal(function: str, args: tuple) -> str | None:
     else:
         keys, budget = length(args[1], args[12]), args[7]
         reason = score.refusal(function, args)
-    if reason is None and sampling(min(budget, max(keys, 1)), max(keys, 1), 128)[0] > STRATA:
+    # A tile of `_top_k_in_parts` is 2048 keys.
+    if reason is None and sampling(min(budget, max(keys, 1)), max(keys, 1), 2048 if function == "top_k" else 128)[0] > STRATA:
         reason = f"Triton kernels sample up to {STRATA} keys of a row, and {keys} keys with a budget of {budget} need more"
     if reason is None and min(budget, keys) > BUDGET:
         reason = f"Triton kernels select up to {BUDGET} keys, got a budget of {budget}"
