@@ -198,7 +198,7 @@ def choices(result: Result) -> dict[str, dict[int, Result]]:
             found[f"the same from seed {name.removeprefix('heldout-warmup-')}"] = read
         elif name.startswith("indexer-"):
             heads, channels = name.removeprefix("indexer-").split("x")
-            found[f"{heads} heads of {channels} channels, 300 steps"] = read
+            found[f"{heads} head{'s' * (heads != '1')} of {channels} channels, 300 steps"] = read
         elif name == "scores":  # its last row of a budget is of FP8 scores, and that of the next case is of the warm-up alone
             found["FP8 scores"] = read
         elif name.startswith("reuse-"):

@@ -119,7 +119,7 @@ def quality_of(evaluation: dict[str, Any]) -> dict[str, Any]:
                 lines.setdefault(row["pattern"], {})[entry["budget"]] = tuple(None if end is None else 100 * math.expm1(end) for end in ends)
     budgets = sorted({budget for points in lines.values() for budget in points})
     texts = ", ".join(dict.fromkeys(entry["text"] for entry in evaluation["results"]))
-    about = f"{evaluation['model']} with {texts}, {overall[0]['windows']} windows"
+    about = f"{evaluation['model']} with {texts}, {overall[0]['windows']} window{'s' * (overall[0]['windows'] != 1)}"
     shown = [
         {
             "pattern": _label(pattern),
