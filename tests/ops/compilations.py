@@ -171,6 +171,8 @@ def select(capability: int) -> Iterator[Call]:
 
 
 def align(capability: int) -> Iterator[Call]:
+    if capability == 89:  # as sm_120
+        return
     kernels = import_module("skim.ops.align.triton")
     T, S = 64, 256
     for H, G, D, J, E in ((9, 3, 64, 4, 64), (32, 2, 128, 8, 64)):
