@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skim.ops.attend.kernels import LOG2E
+from skim.ops.attend.kernels import LOG2E, _dot
 from skim.ops.dispatch import capability, processors
 from skim.ops.workspace import chunks
 
@@ -72,9 +72,14 @@ def _block(READS, query, at, width, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc=None):
-    """a @ b in float32: exact products for float32 inputs too."""
-    return tl.dot(a, b, acc, input_precision="ieee")
+def _place(first, T, wide, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of a program of `scores` or `of_keys`: query within the chunk, query, where its block of keys begins, heads, row of the batch, position."""
+    parts: tl.constexpr = H // BLOCK_H
+    blocks = tl.cdiv(wide, BLOCK_K)
+    row, at = tl.program_id(0) // (parts * blocks), tl.program_id(0) // parts % blocks * BLOCK_K
+    query = first + row
+    head = (tl.program_id(0) % parts * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
+    return row, query, at, head, (query // T).to(tl.int64), (query % T).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -83,15 +88,10 @@ def scores(
     H: tl.constexpr, D: tl.constexpr, V_: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """P and dS `[.., H, wide]` of query first + n and a block of its keys, dS with the factor of the scores: a program each block of heads."""
-    PARTS: tl.constexpr = H // BLOCK_H
-    blocks = wide // BLOCK_K
-    row, at = tl.program_id(0) // (PARTS * blocks), tl.program_id(0) // PARTS % blocks * BLOCK_K
-    query = first + row
+    row, query, at, head, b, t = _place(first, T, wide, H, BLOCK_H, BLOCK_K)
     key, real = _block(READS, query, at, width, BLOCK_K)
     if at >= tl.load(ENDS + query):
         return
-    head = (tl.program_id(0) % PARTS * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
-    b, t = (query // T).to(tl.int64), (query % T).to(tl.int64)
     keys = K + b * k_b + (key * k_s)[:, None]
     queries = Q + b * q_b + t * q_t + (head * q_h)[:, None]
     grads = GRAD + b * g_b + t * g_t + (head * g_h)[:, None]
@@ -149,15 +149,10 @@ def of_keys(
     H: tl.constexpr, D: tl.constexpr, V_: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Add what query first + n gives to the gradient of a block of its keys to DK, float32 `[B, S, D]`: a program each block of heads."""
-    PARTS: tl.constexpr = H // BLOCK_H
-    blocks = tl.cdiv(wide, BLOCK_K)
-    row, at = tl.program_id(0) // (PARTS * blocks), tl.program_id(0) // PARTS % blocks * BLOCK_K
-    query = first + row
+    row, query, at, head, b, t = _place(first, T, wide, H, BLOCK_H, BLOCK_K)
     key, real = _block(READS, query, at, width, BLOCK_K)
     if at >= tl.load(ENDS + query):
         return
-    head = (tl.program_id(0) % PARTS * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
-    b, t = (query // T).to(tl.int64), (query % T).to(tl.int64)
     queries = Q + b * q_b + t * q_t + (head * q_h)[:, None]
     grads = GRAD + b * g_b + t * g_t + (head * g_h)[:, None]
     into = DK + ((b * S + key) * D)[:, None]

@@ -147,6 +147,16 @@ def sample_kernel(
         tl.store(out + stratum[:, None], rank, mask=(key[:, None] >= start[None, :]) & (key[:, None] < end[None, :]))
 
 
+@triton.jit
+def point_of(rank, key, wanted, most, low, start, end, position):
+    """The point of the order, (rank, position), that `wanted` to `most` of a sample reach; `position` where no plateau is cut."""
+    point = greatest(rank, wanted, most, low, tl.max(rank) + 1)
+    above, equal = tl.sum((rank > point).to(tl.int32)), tl.sum((rank == point).to(tl.int32))
+    if (above + equal > most) & (point > -RANK_FINITE - 1) & (point < RANK_FINITE):  # a plateau, cut at a position
+        position = greatest(tl.where(rank == point, key, -1), wanted - above, most - above, start, end)
+    return tl.minimum(tl.maximum(point, -RANK_FINITE - 1), RANK_FINITE), position
+
+
 @triton.jit(do_not_specialize=["row0", "stride"])
 def threshold_kernel(RANKS, START, END, SCORE, POSITION, row0, S, budget, capacity, stride, BM: tl.constexpr):
     """The point of the order from which on keys are candidates: the score and the position of about the right sampled key."""
@@ -163,11 +173,7 @@ def threshold_kernel(RANKS, START, END, SCORE, POSITION, row0, S, budget, capaci
         wanted = tl.ceil(expected + 5 * tl.sqrt(expected) + 4).to(tl.int32)
         most = wanted + wanted // 16  # the search may stop early
         if wanted <= tl.sum(seen.to(tl.int32)):
-            point = greatest(rank, wanted, most, tl.min(tl.where(seen, rank, RANK_KEPT)), tl.max(rank) + 1)
-            above, equal = tl.sum((rank > point).to(tl.int32)), tl.sum((rank == point).to(tl.int32))
-            if (above + equal > most) & (point > -RANK_FINITE - 1) & (point < RANK_FINITE):  # a plateau, cut at a position
-                position = greatest(tl.where(rank == point, key, -1), wanted - above, most - above, start, end)
-            point = tl.minimum(tl.maximum(point, -RANK_FINITE - 1), RANK_FINITE)
+            point, position = point_of(rank, key, wanted, most, tl.min(tl.where(seen, rank, RANK_KEPT)), start, end, position)
     tl.store(SCORE + row, score_at(point))
     tl.store(POSITION + row, position)
 
@@ -477,11 +483,7 @@ def threshold_of(SCORES, start, end, S, budget, stride, BM: tl.constexpr):
     most = wanted + wanted // 16
     point, position = tl.full([], -RANK_FINITE - 1, tl.int32), start  # everything
     if wanted <= number:
-        point = greatest(rank, wanted, most, tl.full([], RANK_NAN, tl.int32), tl.max(rank) + 1)
-        above, equal = tl.sum((rank > point).to(tl.int32)), tl.sum((rank == point).to(tl.int32))
-        if (above + equal > most) & (point > -RANK_FINITE - 1) & (point < RANK_FINITE):  # a plateau, cut at a position
-            position = greatest(tl.where(rank == point, key, -1), wanted - above, most - above, start, end)
-        point = tl.minimum(tl.maximum(point, -RANK_FINITE - 1), RANK_FINITE)
+        point, position = point_of(rank, key, wanted, most, tl.full([], RANK_NAN, tl.int32), start, end, position)
     return point, position
 
 
