@@ -218,9 +218,14 @@ class Lab:
         return made
 
     def best(self, kind: str, loss: str) -> float:
-        """The learning rate that did best on the selection split."""
-        found = {rate: self.result(search(kind, loss, rate))["selection"] for rate in RATES}
-        return min(found, key=lambda rate: found[rate])
+        """The smallest learning rate whose loss on the selection split is within one standard error of the best one's.
+
+        The rule of Breiman et al. (Classification and Regression Trees, 1984): what differs by less is chance, and small steps keep more of
+        what the model learned.
+        """
+        losses = {rate: np.array(self.result(search(kind, loss, rate))["rows"][0]["nll"]) for rate in RATES}
+        over = {rate: nll - min(losses.values(), key=np.mean) for rate, nll in losses.items()}
+        return min(rate for rate, more in over.items() if more.mean() <= more.std(ddof=1) / len(more) ** 0.5)
 
     def result(self, name: str) -> Row:
         """A job's result; the job is run if it was not yet."""

@@ -54,7 +54,7 @@ def write_model(folder: Path) -> Path:
 def write_corpus(folder: Path, window: int = WINDOW) -> Path:
     folder.mkdir()
     splits, numbers = {}, np.random.default_rng(0)
-    for split, domains in (("train", ("manual",) * 4), ("selection", ("manual",)), ("heldout", HELD_OUT)):
+    for split, domains in (("train", ("manual",) * 4), ("selection", ("manual",) * 2), ("heldout", HELD_OUT)):
         data = numbers.integers(0, VOCABULARY, (len(domains), window)).astype(np.uint16).tobytes()
         (folder / f"{split}.bin").write_bytes(data)
         splits[split] = {
@@ -218,6 +218,16 @@ class TwoSeeds:
 
     def places(self, split: str) -> list[tuple[int, str, str]]:
         return [(i, "novel", f"document {i}") for i in range(4)]
+
+
+def test_of_learning_rates_that_differ_by_chance_the_smallest_is_taken(monkeypatch, lab, tmp_path):
+    run(monkeypatch, *lab, "--jobs", "")
+    monkeypatch.setattr(retrofit, "RATES", (1e-4, 2e-4, 4e-4))
+    losses = {1e-4: [2.0, 3.0, 2.5], 2e-4: [1.2, 1.8, 1.4], 4e-4: [1.0, 1.9, 1.3]}
+    found = retrofit.Lab(tmp_path / "corpus", tmp_path / "out", "")
+    for rate, nll in losses.items():
+        (tmp_path / "out" / f"{retrofit.search('sparse', 'lm', rate)}.json").write_text(json.dumps({"rows": [{"nll": nll}]}))
+    assert found.best("sparse", "lm") == 2e-4  # 0.07 nats behind the best, with a standard error of 0.09
 
 
 def test_r1_pairs_each_seed_with_its_own_control(tmp_path):

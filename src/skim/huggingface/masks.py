@@ -118,24 +118,35 @@ def _visibility(
     def sees(key: Tensor) -> Tensor:
         return mask_function(row, head, query, key.clamp(first_key, last_key)).expand_as(query)
 
-    eager = not is_tracing()
-    if eager and bool((sees(query + 1) & (query < last_key)).any()):
-        raise ValueError(f"attention_mask: {family} lets a token read later ones (a bidirectional prefix, say), which Skim can't express")
-
-    # What a query sees ends at itself, so its first key is found by halving: everything from there on is visible.
-    low, high = torch.full_like(query, -1) + first_key, query
+    eager, whole, unpadded = not is_tracing(), False, False
+    padding = None if attention_mask is None else attention_mask.bool()
+    first = torch.full_like(query, first_key)
+    if eager:  # all that is to be known here, in one wait for the device
+        later, all_shown = sees(query + 1) & (query < last_key), () if padding is None else (padding.all(),)
+        ahead, whole, unpadded = (*torch.stack((later.any(), sees(first).all(), *all_shown)).tolist(), False)[:3]
+        if ahead:
+            raise ValueError(f"attention_mask: {family} lets a token read later ones (a bidirectional prefix, say), which Skim can't express")
     # A compiled graph takes as many steps as any length needs, so that it serves them all.
-    for _step in range(31 if torch.compiler.is_compiling() else kv_length.bit_length()):
-        middle = (low + high) // 2
-        visible = sees(middle) & (middle > low)
-        low, high = torch.where(visible, low, middle), torch.where(visible, middle, high)
-    start, end = high, query + 1
-    if attention_mask is not None:
-        first, last = _padding(attention_mask.bool(), eager)
-        start, end = torch.maximum(start, first[:, None]), torch.minimum(end, last[:, None])
+    start = first if whole else _first_seen(sees, first, query, 31 if torch.compiler.is_compiling() else kv_length.bit_length())
+    end = query + 1
+    if padding is not None and unpadded:
+        end = end.clamp(max=padding.shape[1])
+    elif padding is not None:
+        shown, hidden = _padding(padding, eager)
+        start, end = torch.maximum(start, shown[:, None]), torch.minimum(end, hidden[:, None])
     start, end = (start - kv_offset).clamp(min=0), (end - kv_offset).clamp(min=0)
     # Laid out so that `unpack_visibility` gives contiguous tensors, as the kernels read them.
     return torch.stack((torch.minimum(start, end), end)).to(torch.int32).permute(1, 2, 0)[:, None]
+
+
+def _first_seen(sees: Callable[[Tensor], Tensor], first: Tensor, query: Tensor, steps: int) -> Tensor:
+    """The first key that each query sees, `[B, T]`, found by halving: what a query sees ends at itself, and has no holes."""
+    low, high = first - 1, query
+    for _step in range(steps):
+        middle = (low + high) // 2
+        visible = sees(middle) & (middle > low)
+        low, high = torch.where(visible, low, middle), torch.where(visible, middle, high)
+    return high
 
 
 def _padding(mask: Tensor, eager: bool) -> tuple[Tensor, Tensor]:
