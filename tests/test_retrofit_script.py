@@ -221,10 +221,10 @@ class TwoSeeds:
 
 
 def test_of_learning_rates_that_differ_by_chance_the_smallest_is_taken(monkeypatch, lab, tmp_path):
-    run(monkeypatch, *lab, "--jobs", "")
     monkeypatch.setattr(retrofit, "RATES", (1e-4, 2e-4, 4e-4))
     losses = {1e-4: [2.0, 3.0, 2.5], 2e-4: [1.2, 1.8, 1.4], 4e-4: [1.0, 1.9, 1.3]}
     found = retrofit.Lab(tmp_path / "corpus", tmp_path / "out", "")
+    found.out.mkdir()
     for rate, nll in losses.items():
         (tmp_path / "out" / f"{retrofit.search('sparse', 'lm', rate)}.json").write_text(json.dumps({"rows": [{"nll": nll}]}))
     assert found.best("sparse", "lm") == 2e-4  # 0.07 nats behind the best, with a standard error of 0.09
