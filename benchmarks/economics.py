@@ -37,7 +37,7 @@ from skim.bench.measure import Measured, measure
 from skim.bench.roofs import Roofs, measured_roofs
 from skim.bench.runner import machine, write_json
 from skim.modules import LightningIndexer
-from skim.modules.rope import frequencies, rotate
+from skim.modules.rope import frequencies
 from skim.ops import codec
 from skim.selection import Selection
 
@@ -114,7 +114,7 @@ class Cache:
             hidden = layer.hidden(min(step, tokens - at), batch)
             table = layer.table(at, hidden.shape[1])
             k = layer.indexer(hidden, table, None, reads="dense").k
-            cache.write(at, layer.latents(hidden, table), codec.quantise(codec.hadamard(k)))
+            cache.write(at, layer.latents(hidden, table), codec.quantise(k, spread=True))
         return cache
 
     def write(self, at: int, latents: Tensor, index_keys: tuple[Tensor, Tensor]) -> None:
@@ -174,12 +174,12 @@ class Layer:
     def latents(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """`[B, T, 1, 576]`: what a cache holds of each token."""
         config = self.config
-        latent, rope = self.attention.kv_a_proj_with_mqa(hidden).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        return torch.cat((self.attention.kv_a_layernorm(latent), self._rotated(rope, table)), dim=-1)[:, :, None]
+        latent, rope = self.attention.kv_a_proj_with_mqa(hidden)[:, :, None].split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        return torch.cat((self.attention.kv_a_layernorm(latent), self._rotated(rope, table)), dim=-1)
 
     def index(self, hidden: Tensor, table: tuple[Tensor, Tensor], q_latent: Tensor) -> Index:
-        q, k, weights = self.indexer(hidden, table, q_latent)
-        return Index(codec.quantise(codec.hadamard(q)), codec.quantise(codec.hadamard(k)), weights)
+        q, k, weights = self.indexer(hidden, table, q_latent, reads="sparse")
+        return Index(codec.quantise(q, spread=True), codec.quantise(k, spread=True), weights)
 
     def absorbed(self, nope: Tensor, rope: Tensor) -> Tensor:
         """Queries `[B, T, H, 576]` that meet latents."""
@@ -227,7 +227,7 @@ class Layer:
     @staticmethod
     def _rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = (frequencies(part, x.shape[-1]).expand(x.shape[0], -1, -1) for part in table)
-        return rotate(x, cos, sin, "interleaved")
+        return codec.rotate(x, cos, sin, layout="interleaved")
 
 
 class Runs(NamedTuple):
