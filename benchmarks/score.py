@@ -62,6 +62,11 @@ def ratio(row: Row) -> float:
     return row["ratio"]
 
 
+def over(baseline: str) -> Callable[[Row], float]:
+    """How many times as fast as that baseline, which need not be the best."""
+    return lambda row: row["baselines"][baseline]["ms"] / row["ms"]
+
+
 def of_dense(row: Row) -> float:
     return row["ms"] / row["baseline_ms"]
 
@@ -182,10 +187,13 @@ KERNELS = (
     ),
     Target(
         "K11",
-        "the same, decode at 128k with a static cache and graphs",
+        "the same, decode at 128k with a static cache and graphs, against the model as it was; beside it, over all keys by Skim's own attention",
         ">= 2.5",
         "times as fast",
-        (Clause("128k", at("K11", N, "random", part="decode"), ratio, ">=", 2.5),),
+        (
+            Clause("the model as it was", at("K11", N, "random", part="decode"), over("transformers"), ">=", 2.5),
+            Clause("skim.attend_dense", at("K11", N, "random", part="decode"), over("skim.attend_dense")),
+        ),
     ),
     Target(
         "K12",
