@@ -9,8 +9,8 @@ tools, as many at the same time as there are cores:
 
 Without PyTorch's caching allocator each tensor is an allocation of its own, so that a step outside of it is seen, and memory
 that nothing wrote is not another tensor's. PyTorch's kernels are checked like Skim's, because initcheck must see them write;
-what is reported of them is listed and does not count. Without a GPU `--run` launches what Triton's interpreter can
-(TRITON_INTERPRET=1), in float32.
+what is reported of them is listed and does not count. What is reported of a kernel in KNOWN is listed as explained; anything
+else is an error. Without a GPU `--run` launches what Triton's interpreter can (TRITON_INTERPRET=1), in float32.
 """
 
 from __future__ import annotations
@@ -41,11 +41,20 @@ from skim.ops import codec, dispatch
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MARK = "launched: "
+VERDICTS = CLEAN, EXPLAINED, NOT_CLEAN = "clean", "explained", "NOT CLEAN"
 LIMIT = 900  # seconds that a tool may take for a case
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32) if GPU else (torch.float32,)  # the interpreter gets bfloat16 wrong
 OPTIONS = {"impl": "triton"}
+
+# Of a tool and a kernel: why what the tool reports of it is no error.
+KNOWN = {
+    ("racecheck", "attend.hopper.forward"): (
+        "its groups of warps hand shared memory over by barriers at which one thread arrives for its group, each time right behind a barrier "
+        "of that group (tests/ops/test_compiled_hopper.py), and Triton hands them their tasks likewise: racecheck doesn't connect the two"
+    ),
+}
 
 attention, latent, hopper, unions, selecting = (
     import_module(f"skim.ops.{name}") for name in ("attend.triton", "attend.latent_backward", "attend.hopper", "attend.union", "select.triton")
@@ -228,10 +237,14 @@ def latent_gradients() -> None:
             backward(*skim.attend(q, k, indices=indices, v_channels=512, scale=0.05, **OPTIONS))
 
 
-def gluon() -> None:
-    """The kernels of sm_90: scores, selection by them, and attention, whose tasks share unions, are many a program, or have walks that are split."""
+def gluon_scores() -> None:
+    """The kernels of sm_90: scores, and selection by them."""
     q, weights = codec.quantise(draw(1, 300, 64, 128)), draw(1, 300, 64)
     skim.select(q, codec.quantise(draw(1, 900, 128)), weights, 100, with_scores=True, impl="hopper")
+
+
+def gluon_attention() -> None:
+    """The kernel of sm_90, whose tasks share unions, are many a program, or have walks that are split."""
     for H, sink, T, count in ((128, None, 40, 4), (16, draw(16), 40, 4), (20, None, 40, 4), (128, draw(128), 2, 132), (16, None, 2, 132)):
         q, indices = draw(1, T, H, 576, dtype=torch.bfloat16), random_indices(1, T, 500, 600, alike=False)
         with processors(count):
@@ -242,7 +255,8 @@ def gluon() -> None:
 
 
 def aligned() -> None:
-    T, S, H, G = (21, 80, 9, 3) if GPU else (6, 20, 4, 2)
+    """Queries that see the same keys, and, deterministic, causal ones, of which some don't see blocks that their neighbours see."""
+    T, S, H, G = (40, 80, 9, 3) if GPU else (6, 20, 4, 2)
     for dtype in DTYPES:
         q, keys = draw(1, T, H, 64, dtype=dtype), draw(1, S, G, 64, dtype=dtype)
         chosen = skim.Selection.from_indices(random_indices(1, T, 10, S, alike=False))
@@ -250,7 +264,7 @@ def aligned() -> None:
             index = leaves((1, T, 4, 32), (1, S, 32), (1, T, 4), dtype=dtype)
             backward(skim.align(q, keys, *index, selection=selection, **interval(1, T, S), **OPTIONS))
             with deterministic():
-                backward(skim.align(q, keys, *index, selection=selection, **interval(1, T, S), **OPTIONS))
+                backward(skim.align(q, keys, *index, selection=selection, **OPTIONS))
 
 
 def gathered() -> None:
@@ -267,7 +281,8 @@ CASES: tuple[Callable[[], None], ...] = (
     dense,
     latents,
     latent_gradients,
-    gluon,
+    gluon_scores,
+    gluon_attention,
     aligned,
     gathered,
 )
@@ -294,7 +309,7 @@ def run(cases: list[str]) -> None:
     without = dispatch._without_hopper(DEVICE.type, DEVICE.index)
     with watched() as names:
         for case in CASES:
-            if (cases and case.__name__ not in cases) or (case is gluon and without):
+            if (cases and case.__name__ not in cases) or (case in (gluon_scores, gluon_attention) and without):
                 continue
             began = time.perf_counter()
             case()
@@ -314,15 +329,22 @@ def reports(output: str) -> Counter[str]:
     return found
 
 
-def summary(output: str, code: int) -> dict[str, Any]:
-    """Errors by kernel, of Skim's kernels and of others; clean if every kernel was launched and nothing is wrong but with others."""
+def summary(tool: str, output: str, code: int) -> dict[str, Any]:
+    """Errors by kernel, what is explained, and what is of others and does not count; clean if all was launched and there is none of the first two."""
     launched = re.search(f"^{MARK}(.*)$", output, flags=re.M)
-    ours = {name.rpartition(".")[2] for name in launched[1].split()} if launched else set()
-    found = reports(output)
-    mine = {name: count for name, count in found.items() if name in ours or not name}
-    others = {name: count for name, count in found.items() if name not in mine}
-    clean = launched is not None and not mine and (code == 0 or bool(others))
-    return {"clean": clean, "exit": code, "errors": mine, "of_others": others, "output": "" if clean else output[-4000:]}
+    ours: dict[str, list[str]] = {}
+    for name in launched[1].split() if launched else ():
+        ours.setdefault(name.rpartition(".")[2], []).append(name)
+    errors: dict[str, int] = {}
+    explained: dict[str, int] = {}
+    others: dict[str, int] = {}
+    for name, count in reports(output).items():
+        known = name in ours and all((tool, kernel) in KNOWN for kernel in ours[name])
+        (explained if known else errors if name in ours or not name else others)[name] = count
+    ended = launched is not None and (code == 0 or bool(explained or others))
+    verdict = NOT_CLEAN if errors or not ended else EXPLAINED if explained else CLEAN
+    said = output[-4000:] if verdict == NOT_CLEAN else ""
+    return {"verdict": verdict, "exit": code, "errors": errors, "explained": explained, "of_others": others, "output": said}
 
 
 def check(commands: dict[tuple[str, str], list[str]], environment: dict[str, str]) -> dict[str, Any]:
@@ -334,11 +356,11 @@ def check(commands: dict[tuple[str, str], list[str]], environment: dict[str, str
             ended = subprocess.run(
                 commands[place], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT, check=False
             )
-            found = summary(ended.stdout, ended.returncode)
+            found = summary(place[0], ended.stdout, ended.returncode)
         except subprocess.TimeoutExpired as error:
-            found = summary((error.stdout or b"").decode(), -1)
+            found = summary(place[0], (error.stdout or b"").decode(), -1)
         found["seconds"] = round(time.perf_counter() - began, 1)
-        print(f"{' '.join(place)}: {'clean' if found['clean'] else 'NOT CLEAN'}, {found['seconds']} s", flush=True)
+        print(f"{' '.join(place)}: {found['verdict']}, {found['seconds']} s", flush=True)
         return found
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -346,9 +368,10 @@ def check(commands: dict[tuple[str, str], list[str]], environment: dict[str, str
     results: dict[str, Any] = {}
     for tool in dict.fromkeys(tool for tool, _ in commands):
         of_case = {case: found for (own, case), found in of_place.items() if own == tool}
-        errors, others = (sum((Counter(found[kind]) for found in of_case.values()), Counter[str]()) for kind in ("errors", "of_others"))
-        clean = all(found["clean"] for found in of_case.values())
-        results[tool] = {"clean": clean, "errors": dict(errors), "of_others": dict(others), "cases": of_case}
+        verdict = max((found["verdict"] for found in of_case.values()), key=VERDICTS.index)
+        kinds = ("errors", "explained", "of_others")
+        counts = {kind: dict(sum((Counter(found[kind]) for found in of_case.values()), Counter[str]())) for kind in kinds}
+        results[tool] = {"verdict": verdict, **counts, "cases": of_case}
     return results
 
 
@@ -387,10 +410,12 @@ def main() -> None:
     results = check(commands, environment)
     version = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
     for tool, result in results.items():
-        print(f"{tool}: {'clean' if result['clean'] else result['errors'] or 'did not end'}, of others: {result['of_others']}")
+        print(f"{tool}: {result['verdict']}, errors: {result['errors']}, explained: {result['explained']}, of others: {result['of_others']}")
+    known = {f"{tool} {kernel}": why for (tool, kernel), why in KNOWN.items()}
+    print("".join(f"{place}: {why}\n" for place, why in known.items()), end="")
     if args.json:
-        write_json(args.json, {**machine(DEVICE), "sanitizer": version, "kernels": launched, "tools": results})
-    sys.exit(not all(result["clean"] for result in results.values()))
+        write_json(args.json, {**machine(DEVICE), "sanitizer": version, "kernels": launched, "known": known, "tools": results})
+    sys.exit(any(result["verdict"] == NOT_CLEAN for result in results.values()))
 
 
 if __name__ == "__main__":

@@ -68,25 +68,45 @@ TORCH = """========= Uninitialized __global__ memory read of size 4 bytes
 """
 
 
+HANDED = """launched: attend.hopper.forward attend.union.unite
+========= Error: Race reported between Read access at forward+0x16f0 in hopper.py:441
+=========     and Write access at forward+0x80e0 in hopper.py:400 [2048 hazards]
+=========
+"""
+
+
 @pytest.mark.parametrize(
-    ("output", "code", "clean", "errors", "others"),
+    ("output", "code", "verdict", "errors", "explained", "others"),
     [
-        (LAUNCHED + "========= ERROR SUMMARY: 0 errors\n", 0, True, {}, {}),
-        (LAUNCHED + RACE + READ + READ, 1, False, {"choose_kernel": 1, "forward": 2}, {}),
-        (LAUNCHED + TORCH, 1, True, {}, {"at::native::vectorized_elementwise_kernel": 1}),
-        (LAUNCHED + "========= Program hit an error that names no kernel\n", 1, False, {"": 1}, {}),
-        (LAUNCHED + "========= something new\n", 1, False, {}, {}),
-        ("Traceback (most recent call last):\n", 0, False, {}, {}),
+        (LAUNCHED + "========= ERROR SUMMARY: 0 errors\n", 0, "clean", {}, {}, {}),
+        (LAUNCHED + RACE + READ + READ, 1, "NOT CLEAN", {"choose_kernel": 1, "forward": 2}, {}, {}),
+        (LAUNCHED + TORCH, 1, "clean", {}, {}, {"at::native::vectorized_elementwise_kernel": 1}),
+        (LAUNCHED + "========= Program hit an error that names no kernel\n", 1, "NOT CLEAN", {"": 1}, {}, {}),
+        (LAUNCHED + "========= something new\n", 1, "NOT CLEAN", {}, {}, {}),
+        ("Traceback (most recent call last):\n", 0, "NOT CLEAN", {}, {}, {}),
+        (HANDED, 1, "explained", {}, {"forward": 1}, {}),
+        (HANDED + RACE.replace("choose_kernel", "unite"), 1, "NOT CLEAN", {"unite": 1}, {"forward": 1}, {}),
+        (HANDED.replace("unite", "unite attend.kernels.forward"), 1, "NOT CLEAN", {"forward": 1}, {}, {}),  # which of them, it doesn't say
     ],
 )
-def test_what_the_tools_say(output, code, clean, errors, others):
-    found = sanitize.summary(output, code)
-    assert (found["clean"], found["errors"], found["of_others"]) == (clean, errors, others)
-    assert bool(found["output"]) == (not clean)
+def test_what_racecheck_says(output, code, verdict, errors, explained, others):
+    found = sanitize.summary("racecheck", output, code)
+    assert (found["verdict"], found["errors"], found["explained"], found["of_others"]) == (verdict, errors, explained, others)
+    assert bool(found["output"]) == (verdict == "NOT CLEAN")
+
+
+def test_what_is_explained_of_one_tool_is_an_error_of_another():
+    found = sanitize.summary("memcheck", HANDED, 1)
+    assert (found["verdict"], found["errors"]) == ("NOT CLEAN", {"forward": 1})
+
+
+def test_only_findings_in_kernels_that_there_are_get_explained():
+    assert {name for _, name in sanitize.KNOWN} <= kernels()
 
 
 def test_tools_that_run_at_the_same_time():
-    said = {("memcheck", "one"): LAUNCHED, ("racecheck", "one"): LAUNCHED, ("racecheck", "two"): LAUNCHED + RACE}
+    said = {("memcheck", "one"): LAUNCHED, ("racecheck", "one"): LAUNCHED, ("racecheck", "two"): LAUNCHED + RACE, ("racecheck", "three"): HANDED}
     found = sanitize.check({place: [sys.executable, "-c", f"print({text!r})"] for place, text in said.items()}, dict(os.environ))
-    assert found["memcheck"]["clean"] and not found["racecheck"]["clean"] and found["racecheck"]["errors"] == {"choose_kernel": 1}
-    assert found["racecheck"]["cases"]["one"]["clean"] and list(found["racecheck"]["cases"]) == ["one", "two"]
+    assert {tool: result["verdict"] for tool, result in found.items()} == {"memcheck": "clean", "racecheck": "NOT CLEAN"}
+    assert (found["racecheck"]["errors"], found["racecheck"]["explained"]) == ({"choose_kernel": 1}, {"forward": 1})
+    assert {case: of["verdict"] for case, of in found["racecheck"]["cases"].items()} == {"one": "clean", "two": "NOT CLEAN", "three": "explained"}

@@ -1,7 +1,7 @@
 """Compiles every kernel for a GPU that is not here, as the operators would launch it, and prints what came out as JSON.
 
     python tests/ops/compilations.py CAPABILITY OPERATOR...
-        (attend, latent, latent_backward, hopper, hopper_score, score, select, align, codec)
+        (attend, latent, latent_backward, hopper, hopper_score, score, select, align, align_float32, codec)
 
 Kernels must not be interpreted here, so this is a program of its own: TRITON_INTERPRET may not be set.
 """
@@ -26,6 +26,7 @@ from compiled import compiling  # noqa: E402
 from skim.ops.checks import expect_index_inputs  # noqa: E402
 
 MODES = ("rows", "union", "dense")  # of skim.ops.attend.triton
+FIELDS = ("registers", "spilled", "shared", "warps", "products", "handed_over", "fused_sums")
 Call = tuple[str, Callable[[], object]]
 
 
@@ -182,6 +183,14 @@ def align(capability: int) -> Iterator[Call]:
             yield f"{H}/{G} {D} {J}x{E} align {name}", partial(kernels.align, *inputs, indices, lse, 0.1, None, 64)
 
 
+def align_float32(capability: int) -> Iterator[Call]:
+    kernels = import_module("skim.ops.align.triton")
+    inputs = (empty(*shape, dtype=torch.float32) for shape in ((1, 40, 9, 64), (1, 80, 3, 64), (1, 40, 4, 32), (1, 80, 32), (1, 40, 4)))
+    given = *inputs, zeros(1, 40), zeros(1, 40)
+    for name, indices in (("dense", None), ("sparse", zeros(1, 40, 10))):
+        yield f"align {name}", partial(kernels.align, *given, indices, torch.zeros(1, 40, 9), 0.1, None, 64)
+
+
 def codec(capability: int) -> Iterator[Call]:
     kernels = import_module("skim.ops.codec.triton")
     x = empty(4096, 128)
@@ -204,7 +213,7 @@ def main(capability: int, operators: list[str]) -> None:
         for kernel in found:
             mode = MODES[kernel.constants["MODE"]] if "MODE" in kernel.constants else None
             row = {"call": name, "kernel": kernel.name if mode is None else f"{kernel.name} {mode}", "matrix_unit": kernel.matrix_unit}
-            rows.append(row | {field: getattr(kernel, field) for field in ("registers", "spilled", "shared", "warps", "products")})
+            rows.append(row | {field: getattr(kernel, field) for field in FIELDS})
     print(json.dumps(rows))
 
 

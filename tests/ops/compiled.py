@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,6 +39,19 @@ class Compiled:
     def products(self) -> dict[str, int]:
         """How many instructions it has of each shape of a warp group's matrix product."""
         return dict(Counter(re.findall(r"wgmma\.mma_async\S*\.(m64n\d+k\d+)", self.ptx)))
+
+    @property
+    def handed_over(self) -> dict[str, int]:
+        """What comes right before each arrival of one thread at a barrier in shared memory, among all that reads or writes it or waits there."""
+        steps = re.findall(r"@%p\d+ mbarrier\.arrive|bar\.sync|mbarrier\.\w+|[a-z]+\.shared|stmatrix|ldmatrix|cp\.async|wgmma", self.ptx)
+        return dict(Counter(before for before, step in pairwise(steps) if step.endswith("arrive") and step.startswith("@")))
+
+    @property
+    def fused_sums(self) -> int:
+        """How many sums over threads round a thread's own product last: each thread then has other bits of the same sum."""
+        shared = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%r\d+)", self.ptx))
+        shared |= {to for to, of in re.findall(r"mov\.b32\s+(%f\d+), (%r\d+);", self.ptx) if of in shared}
+        return sum(last in shared for last in re.findall(r"fma\.rn\.f32\s.*, (%\w+);", self.ptx))
 
 
 class _Driver:

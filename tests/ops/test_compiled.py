@@ -70,6 +70,12 @@ def test_compiled_kernels(capability: int, operators: tuple[str, ...], tmp_path:
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.slow
+def test_threads_that_share_a_sum_have_the_same_bits_of_it(tmp_path: Path) -> None:
+    fused = {row["kernel"]: row["fused_sums"] for row in found(90, ("align_float32",), tmp_path)}
+    assert fused.keys() >= {"dense", "sparse", "key_gradients"} and not any(fused.values()), fused
+
+
 @pytest.mark.parametrize("pattern", [WITHOUT_PRODUCTS, FLOAT32, FEW_ROWS, *(pattern for pattern, *_ in SPILLS)])
 def test_patterns_are_those_of_names(pattern: str) -> None:
     re.compile(pattern)

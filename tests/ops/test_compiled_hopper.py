@@ -29,3 +29,5 @@ def test_attention_over_latents(tmp_path: Path) -> None:
         assert row["spilled"] <= max((most for pattern, most, _ in SPILLS if re.search(pattern, call)), default=0), call
         assert row["shared"] <= SHARED[90] << 10, call
         assert row["warps"] == 12, call
+        # Of each group one thread arrives, for all that the group read or wrote: keys, probabilities, two halves, factors.
+        assert row["handed_over"] == {"bar.sync": 5}, call

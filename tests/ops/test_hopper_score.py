@@ -157,3 +157,4 @@ def test_compiled_for_sm_90(tmp_path: Path) -> None:
         assert row["products"] == {shape: 2 * 2 * 2 * (4 if "x128" in call else 2)}, call
         assert row["spilled"] <= SPILLED[call.split("x")[0]], call
         assert row["shared"] <= SHARED[90] << 10 and row["warps"] == 12, call
+        assert row["handed_over"] == {"bar.sync": 4}, call  # of each of two groups one thread arrives: keys, queries

@@ -164,6 +164,22 @@ def test_rows_of_132_bytes_are_read_in_words():
     assert in_one_piece.constants["UNIT"] == 1 and in_one_piece.strides == (9 * 128, 128, 0, 0)
 
 
+@pytest.mark.parametrize("T, channels", [(16, 36), (17, 48)])
+def test_channels_are_padded_to_whole_16_bytes_where_many_queries_read_them(T, channels):
+    """Other rows would be loaded byte by byte, by each tile of queries again; zeros change no bit of a score."""
+    q, keys, weights = index_inputs(1, T, 64, J, 36)
+    pool, table = codec.pack_pages(*codec.quantise(keys), 16)[0], torch.arange(4, dtype=torch.int32)[None]
+    for queries in (q, codec.quantise(q)):
+        some_q, k, _, _, k_scale = expect_index_inputs(queries, pool, weights, paged=True)
+        some_q, held = kernels.operands(some_q, k, k_scale, table)
+        assert some_q.shape[3] == held.k.shape[2] == channels and (held.block_table is None) == (T > 16)
+    interval = {"start": torch.zeros(1, T, dtype=torch.int32), "end": torch.full((1, T), 64, dtype=torch.int32)}
+    found = triton(index_scores, q, pool, weights, **interval, block_table=table)
+    torch.testing.assert_close(found, index_scores(q, pool, weights, **interval, block_table=table, impl="reference"))
+    first = {name: x[:, :1] for name, x in interval.items()}
+    assert torch.equal(found[:, :1], triton(index_scores, q[:, :1], pool, weights[:, :1], **first, block_table=table))
+
+
 def test_cards_without_fp8_get_keys_in_one_piece_and_wider(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     monkeypatch.setattr(kernels, "capability", lambda device: 80)

@@ -361,9 +361,9 @@ def key_gradients(
     for tile in range(low, high):
         _, t, start, stop, seen, begin, end = _queries(START, STOP, tile, T, S, tiles_of_row, TILE, BLOCK)
         if (begin <= nearest) & (nearest < end):
-            g = tl.load(GAPS + ((tile - first) * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :] * S + key[:, None], mask=real[:, None], other=0.0)
-            if (nearest < tl.max(tl.where(seen, start, 0))) | (nearest + BLOCK > tl.min(tl.where(seen, stop, S))):  # g has holes
-                g = tl.where((key[:, None] >= start[None, :]) & (key[:, None] < stop[None, :]), g, 0.0)
+            rows = ((tile - first) * TILE + tl.arange(0, TILE)).to(tl.int64)
+            there = seen & (start < nearest + BLOCK) & (nearest < stop)  # what a query doesn't walk, nobody wrote
+            g = tl.load(GAPS + rows[None, :] * S + key[:, None], mask=real[:, None] & there[None, :], other=0.0)
             for j in tl.range(0, J, num_stages=DEEP):
                 q = _index_queries(Q_INDEX + b * i_b, t, j, seen, i_t, i_j, E, E_)
                 w = tl.load(W + (b * T + t) * J + j, mask=seen, other=0.0)
@@ -385,11 +385,20 @@ class Tiles(NamedTuple):
     warps: int
 
 
+def _exact(q: Tensor, q_index: Tensor) -> bool:
+    """Whether products are of float32, without matrix units.
+
+    Head sums then go over threads, each of which holds the result: fused with it, a thread's own product would be rounded last,
+    and threads would write different bits of one number.
+    """
+    return max(q.itemsize, q_index.itemsize) == 4
+
+
 def _tiles(q: Tensor, k: Tensor, q_index: Tensor) -> Tiles:
     """The largest tiles that fit the registers; their columns are the heads of all their queries, in the indexer and in the attention."""
     J, E = (triton.next_power_of_2(n) for n in q_index.shape[2:])
     hopper = capability(q.device) == 90  # its matrix units take operands from shared memory, the others' from registers
-    exact = max(q.itemsize, q_index.itemsize) == 4  # products of float32, without matrix units
+    exact = _exact(q, q_index)
     columns = 32 if exact else 128 if hopper and J >= 64 and E <= 128 else max(16, min(64, 8192 // E))
     queries = max(1, min(16, columns // J))
     heads = max(16 // queries, min(triton.next_power_of_2(q.shape[2] // k.shape[2]), columns // queries))
@@ -408,7 +417,7 @@ class Dense(NamedTuple):
 
 def _dense(q: Tensor, k: Tensor, q_index: Tensor) -> Dense:
     tile = _tiles(q, k, q_index)
-    if max(q.itemsize, q_index.itemsize) == 4:
+    if _exact(q, q_index):
         return Dense(tile, False, 16, 1)
     return Dense(tile, capability(q.device) == 90 and _fits_twice(q, k, q_index, tile), 64, 2)
 
@@ -496,7 +505,7 @@ def _over_intervals(
             q, k, q_index, k_index, finite, w, lse, start, end, loss, dq, g, part.start * more, scale * LOG2E.value, T, S, tiles * more,
             *q.stride()[:3], *k.stride()[:3], *strides, H, G, D, J, E, triton.next_power_of_2(J), E_,
             tile.queries, tile.keys, tile.heads, tile.channels, cut.kept, gain, not interpreted(),
-            num_warps=tile.warps, enable_fp_fusion=True,
+            num_warps=tile.warps, enable_fp_fusion=not _exact(q, q_index),
         )  # fmt: skip
         across = triton.cdiv(min(tiles, n), len(parts))
         key_gradients[(triton.cdiv(S, tile.keys), len(parts), B)](
@@ -522,7 +531,7 @@ def _over_unions(
             q, k, q_index, k_index, w, lse, seen, selected, bits, counts, loss, dq, dk, unit,
             part.start, scale * LOG2E.value, T, S, tiles, selected.shape[-1], *q.stride()[:3], *k.stride()[:3], *q_index.stride()[:3],
             H, G, D, J, E, triton.next_power_of_2(J), max(16, triton.next_power_of_2(E)),
-            cut.queries, cut.keys, cut.heads, cut.channels, gain, num_warps=cut.warps, enable_fp_fusion=True,
+            cut.queries, cut.keys, cut.heads, cut.channels, gain, num_warps=cut.warps, enable_fp_fusion=not _exact(q, q_index),
         )  # fmt: skip
     return loss, dq, dk if unit is None else dk / unit + 0 * loss.sum()  # no integer is NaN
 

@@ -32,7 +32,7 @@ def index_scores(
         k_index: `[B, S, E]` index keys, one head for all J, or `(float8_e4m3fn values, float32 scale [B, S])`, or both in uint8 `[B, S, E + 4]`
             (`codec.pack`). With `block_table` pages of a pool: `[P, page, E]`, `(values, scale [P, page])`, or uint8
             `[P, page * (E + 4)]` (`codec.pack_pages`). A GPU reads FP8 (from sm_89 on) and keys in the dtype of the queries where they
-            lie; elsewhere pages are copied together first.
+            lie, but for more than 16 queries only if E is a multiple of 16; elsewhere pages are copied together first.
         weights: `[B, T, J]` signed head weights; used in float32 at least.
         start, end: int32 `[B, T]`, see `visible`; both None is causal.
         block_table: int32 `[B, N]`, the pages of each sequence in order, so that S = N * page. Entries of pages that no query

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from skim.ops.dispatch import capability, interpreted, shared_memory
 from skim.ops.score.pages import in_one_piece, length
@@ -94,7 +95,10 @@ class Keys:
 
 
 def operands(q: Tensor, k: Tensor, k_scale: Tensor | None, block_table: Tensor | None) -> tuple[Tensor, Keys]:
-    """q in a dtype that the matrix units have, and the keys: in FP8, which kernels widen (exactly) if q isn't, or in q's dtype."""
+    """q in a dtype that the matrix units have, and the keys: in FP8, which kernels widen (exactly) if q isn't, or in q's dtype.
+
+    Where many queries read the keys, both have a multiple of 16 channels, the last of them zeros: other rows are loaded channel by channel.
+    """
     eight = torch.float8_e4m3fn
     has_eight = INTERPRETED or capability(q.device) >= 89
     if q.dtype == eight and (INTERPRETED or not has_eight or k.dtype != eight):
@@ -103,6 +107,9 @@ def operands(q: Tensor, k: Tensor, k_scale: Tensor | None, block_table: Tensor |
         dtype = q.dtype if k.dtype == eight else torch.promote_types(q.dtype, k.dtype)
         k, k_scale = in_one_piece(k, k_scale, block_table)
         q, k, block_table = q.to(dtype), k.to(dtype), None
+    if q.shape[3] % 16 and q.shape[1] > 16:  # as many queries as a tile has at most: with more, each key is loaded more than once
+        k, k_scale = in_one_piece(k, k_scale, block_table)
+        q, k, block_table = pad(q, (0, -q.shape[3] % 16)), pad(k, (0, -k.shape[2] % 16)), None
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     return q, Keys(k, None if k_scale is None else k_scale.float(), block_table)
 
@@ -320,7 +327,7 @@ def index_scores(
     tiles = B * triton.cdiv(T, tile.BQ)
     split = triton.cdiv(triton.cdiv(S, triton.cdiv(PROGRAMS, tiles)), tile.BN) * tile.BN
     forward_kernel[(tiles, triton.cdiv(S, split))](
-        q, w, *keys.pointers, start.contiguous(), end.contiguous(), scores, *q.stride()[:3], *keys.strides, T, S, J, E, split,
+        q, w, *keys.pointers, start.contiguous(), end.contiguous(), scores, *q.stride()[:3], *keys.strides, T, S, J, q.shape[3], split,
         **tile.constants, **keys.constants, PADDED=J % tile.BJ != 0, STAGES=tile.stages, num_warps=tile.WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return scores

@@ -828,10 +828,8 @@ def select(
     q, keys = operands(q, k, k_scale, block_table)
     tile = Tile.of(q)
     constants: dict[str, int | bool] = {**keys.constants, "PADDED": J % tile.BJ != 0, "LOADED": False}
-    strides = *q.stride()[:3], *keys.strides
-    return _select(
-        (q, w, *keys.pointers), strides, (B, T, S, J, E), tile, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, constants
-    )
+    strides, sizes = (*q.stride()[:3], *keys.strides), (B, T, S, J, q.shape[3])
+    return _select((q, w, *keys.pointers), strides, sizes, tile, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, constants)
 
 
 def top_k(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb: int = 512) -> tuple[Tensor, Tensor]:
