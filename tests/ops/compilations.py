@@ -1,7 +1,7 @@
 """Compiles every kernel for a GPU that is not here, as the operators would launch it, and prints what came out as JSON.
 
     python tests/ops/compilations.py CAPABILITY OPERATOR...
-        (attend, latent, latent_backward, hopper, hopper_score, score, select, align, align_float32, codec)
+        (attend, latent, latent_backward, hopper, hopper_union, hopper_score, score, select, align, align_float32, codec)
 
 Kernels must not be interpreted here, so this is a program of its own: TRITON_INTERPRET may not be set.
 """
@@ -98,6 +98,18 @@ def hopper(capability: int) -> Iterator[Call]:
             yield f"{H}/1 {D} {name}{', decode' if T == 1 else ''}", call
 
 
+def hopper_union(capability: int) -> Iterator[Call]:
+    """Heads of key heads in Gluon: neighbours share a union."""
+    kernels = import_module("skim.ops.attend.hopper_union")
+    for H, G, D in ((32, 2, 128), (32, 8, 128), (9, 3, 64)):
+        heads = 1 << (H // G - 1).bit_length()
+        tile, T = min(128 // heads, 32), 256
+        q, k, sink = empty(1, T, H, D), empty(1, 4096, G, D), empty(H, dtype=torch.float32) if G == 8 else None
+        reads = zeros(T // tile, 1, 2048), zeros(T // tile, 1, 2048), zeros(T // tile, 1)
+        call = partial(kernels.launch, q, k, k, sink, q, empty(1, T, H, dtype=torch.float32), 0.1, tile, 0, 2048, *reads)
+        yield f"{H}/{G} {D} attend", mock.patch.object(kernels, "processors", lambda device: 132)(call)
+
+
 def hopper_score(capability: int) -> Iterator[Call]:
     """FP8 index scores in Gluon: all heads of 4 to 16 queries fill the columns of a program."""
     kernels = import_module("skim.ops.score.hopper")
@@ -163,7 +175,9 @@ def select(capability: int) -> Iterator[Call]:
             yield f"{name} select of 8192 with scores", partial(kernels.select, *inputs, *interval, 8192, 1, 1, True, 512)
     for name, inputs, table in cached(T):
         yield f"{name} select of 64", partial(kernels.select, *inputs, *interval, 64, 0, 0, False, 512, table)
-    for rows in (T, 2 * T):  # few, that are split over programs, and many, that have one each
+    for name, inputs in indexers(capability, 1, S):
+        yield f"{name} select of 2048, one query", partial(kernels.select, *inputs, zeros(1, 1), zeros(1, 1), 2048, 4, 1, True, 512)
+    for rows in (1, T, 2 * T):  # in parts, split over programs, and one program each
         yield f"top_k of 2048, {rows} rows", partial(kernels.top_k, empty(rows, S, dtype=torch.float32), zeros(rows), zeros(rows), 2048)
     if capability == 90:
         hopper = import_module("skim.ops.select.hopper")

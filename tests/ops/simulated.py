@@ -148,6 +148,11 @@ def _multiply(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool 
     return product
 
 
+def _wait(outstanding: int, deps: list[Any]) -> Any:
+    found = tuple(x() if callable(x) else x for x in deps)
+    return found if len(found) > 1 else found[0]
+
+
 def _reinterpret(x: Shared, dtype: torch.dtype, shape: tuple[int, ...], layout: Any) -> Shared:
     found = Shared(x.data.view(dtype))
     assert found.data.shape == torch.Size(shape)
@@ -228,7 +233,9 @@ LANGUAGE = SimpleNamespace(
     reshape=lambda x, shape: x.reshape(shape),
     BlockedLayout=_nothing,
     SliceLayout=_nothing,
+    DistributedLinearLayout=_nothing,
     DotOperandLayout=_nothing,
+    NVMMADistributedLayout=_nothing,
     program_id=lambda axis: torch.tensor(here.program, dtype=torch.int32),
     num_programs=lambda axis: torch.tensor(here.programs, dtype=torch.int32),
     cdiv=lambda a, b: (a + b - 1) // b,
@@ -253,7 +260,7 @@ MBARRIER = SimpleNamespace(
     wait=lambda barrier, parity: barrier.wait(int(parity)),
     arrive=lambda barrier, count: barrier.arrive(count),
 )
-WAIT = {"warpgroup_mma": _multiply, "warpgroup_mma_wait": lambda outstanding, deps: deps[0](), "fence_async_shared": _nothing}
+WAIT = {"warpgroup_mma": _multiply, "warpgroup_mma_wait": _wait, "fence_async_shared": _nothing}
 NAMES = {
     "gl": LANGUAGE,
     "range": _range,

@@ -17,7 +17,10 @@ SHARED = {80: 163, 89: 99, 90: 227, 120: 99}  # KiB of shared memory that a prog
 HALVES = [("attend", "latent"), ("score", "select", "align", "codec")]  # about as much work
 
 # Of kernels in the form "sm_90 32/2 128 attend forward union": heads/key heads, channels, call, kernel.
-WITHOUT_PRODUCTS = r"(unite|prepare|combine|last_reads|(threshold|choose|lse)_kernel|_quantise|_dequantise|_hadamard|_rotate|_index_keys)$|top_k"
+WITHOUT_PRODUCTS = (
+    r"(unite|prepare|combine|last_reads|(threshold|part_candidates|choose|choose_parts|lse)_kernel"
+    r"|_quantise|_dequantise|_hadamard|_rotate|_index_keys)$|top_k"
+)
 FLOAT32 = r"index_scores_backward"  # exact products: matrix units have none
 FEW_ROWS = r" (?!128/1)\S+ \d+ attend.*( rows$|decode)| 16/16 .* union$| 128/1 .*_backward"  # a warp group multiplies 64 rows at least
 
@@ -35,7 +38,9 @@ SPILLS = [
     (r" (32/8|16/16) 128 attend", 64, "addresses in 64 bits beside what fills the registers"),
     (r"select of 2048 choose_kernel", 1024, "holds the candidates of a row in registers"),
     (r"top_k of 2048, \d+ rows choose(_row)?_kernel", 896, "holds the candidates of a row in registers"),
+    (r"select of 2048, one query choose_parts_kernel", 128, "a thousand threads have 64 registers each"),
     (r"select of 8192 with scores choose_kernel", 2048, "holds the candidates of a row in registers"),
+    (r"sm_(80|120) .* unite$", 24, "the words of 32 queries, where the assembler stops at 80 or 128 registers"),
     (r"exhaustive_kernel", 64, "runs for rows only whose sample was of no use"),
     (FLOAT32, 8192, "for tests and drawings; nothing trains through it"),
 ]

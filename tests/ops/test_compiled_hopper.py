@@ -31,3 +31,16 @@ def test_attention_over_latents(tmp_path: Path) -> None:
         assert row["warps"] == 12, call
         # Of each group one thread arrives, for all that the group read or wrote: keys, probabilities, two halves, factors.
         assert row["handed_over"] == {"bar.sync": 5}, call
+
+
+@pytest.mark.slow
+def test_attention_over_unions(tmp_path: Path) -> None:
+    kernels = {row["call"]: row for row in found(90, ("hopper_union",), tmp_path)}
+    assert len(kernels) == 3
+    for call, row in kernels.items():
+        # In each of two groups of warps: scores of a block, 16 channels at a time; its values, 16 keys at a time, in the loop and behind it.
+        wanted = {"m64n64k16": 2 * (4 + 4 + 4)} if " 64 " in call else {"m64n64k16": 2 * 8, "m64n128k16": 2 * (4 + 4)}
+        assert row["products"] == wanted, call
+        assert row["spilled"] == 0, call
+        assert row["shared"] <= SHARED[90] << 10, call
+        assert row["warps"] == 12, call

@@ -277,11 +277,18 @@ def best(scores: Tensor, start: Tensor, end: Tensor, budget: int) -> list[list[i
 
 
 @pytest.fixture
-def many_rows(monkeypatch):
-    """Few rows are many enough for a program each, and rows of some thousand scores are sampled."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+def short_rows(monkeypatch):
+    """Rows of some thousand scores are sampled, and split into parts where there are few rows."""
     monkeypatch.setattr(kernels, "ROW_CAPACITY", 2048)
     monkeypatch.setattr(kernels, "ROW_SAMPLE", 512)
+    monkeypatch.setattr(kernels, "PART", 1024)
+
+
+@pytest.fixture(params=[(1, 0), (40, 64)], ids=["a program each", "in parts"])
+def many_rows(request, monkeypatch, short_rows):
+    """Few rows are many enough for a program each, or few enough for some programs each."""
+    for name, value in zip(("PROGRAMS", "FEW"), request.param, strict=True):
+        monkeypatch.setattr(kernels, name, value)
 
 
 @pytest.mark.parametrize("S, budget", [(1500, 30), (9000, 60), (9001, 60)])
@@ -325,6 +332,37 @@ def test_many_rows_in_chunks(many_rows):
     scores, start, end = normal(5, 9000), torch.zeros(5, dtype=torch.int32), torch.full((5,), 9000, dtype=torch.int32)
     whole, parts = (kernels.top_k(*moved_to(KERNELS, (scores, start, end)), 60, mb)[0] for mb in (512, 1))
     assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("with_scores", [False, True])
+@pytest.mark.parametrize("keep", [(0, 0), (10, 30)])
+def test_few_queries_by_way_of_scores_in_memory(short_rows, keep, with_scores):
+    inputs = whole_numbers(1, 4, 3001, 4, 4)
+    assert kernels._few(4, 3001, 60, 512) and kernels._parts(4, 3001)[0] > 1
+    start, end = random_interval(1, 4, 3001)
+    start[0, 0], end[0, 0], start[0, 1], end[0, 1] = -5, 4000, 3, 3
+    compare(inputs, 60, start=start, end=end, keep_first=keep[0], keep_recent=keep[1], with_scores=with_scores)
+
+
+def test_few_queries_keep_keys_whose_scores_are_nan(short_rows):
+    scores = normal(3000)
+    scores[[0, 1, -1]], scores[[7, 8]] = math.nan, math.inf  # what is kept ties with nothing
+    assert pick(scores, 3, keep_first=2, keep_recent=1) == [0, 1, 2999]
+    assert pick(scores.nan_to_num(nan=math.nan, posinf=5.0), 4, keep_first=2, keep_recent=1) == [0, 1, 8, 2999]
+
+
+def test_few_queries_select_the_same_bits_as_many(monkeypatch, short_rows):
+    inputs = index_inputs(2, 3, 3000, J=5, E=24)
+    interval = {name: x.expand(2, 3) for name, x in zip(("start", "end"), visible(3000, 3), strict=True)}
+    few, _ = triton(select, *inputs, 40, with_scores=True, **interval)
+    monkeypatch.setattr(kernels, "FEW", 0)
+    many, _ = triton(select, *inputs, 40, with_scores=True, **interval)
+    assert torch.equal(few.indices, many.indices) and torch.equal(few.scores, many.scores)
+
+
+def test_few_queries_are_no_longer_few_where_their_scores_take_too_much_memory():
+    assert kernels._few(64, 131_072, 2048, 512) and not kernels._few(65, 131_072, 2048, 512)
+    assert kernels._few(1, 1 << 20, 2048, 64) and not kernels._few(16, 1 << 20, 2048, 64)
 
 
 def test_what_it_cannot_run_it_refuses_by_name():

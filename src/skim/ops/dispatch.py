@@ -142,6 +142,11 @@ def shared_memory(device: torch.device) -> int:
     return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(found, 99) << 10
 
 
+def gluon(device: torch.device) -> bool:
+    """Whether kernels written in Gluon run on this device."""
+    return util.find_spec("triton") is not None and _without_hopper(device.type, device.index) is None
+
+
 @cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU: how many programs keep it busy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from skim.ops.attend import latent_backward, packed
 from skim.ops.attend.kernels import DENSE, LOG2E, ROWS, UNION, backward, backward_keys, forward, forward_dense, prepare
 from skim.ops.attend.splits import MOST, merge, parts_of
 from skim.ops.attend.union import tiles_of, unions
-from skim.ops.dispatch import capability, processors, shared_memory
+from skim.ops.dispatch import capability, gluon, processors, shared_memory
 
 UNION_MB = 256  # more makes nothing faster: a chunk fills the card
 LARGEST_UNION = 0.5  # of a tile's selections together; beyond, sharing costs more arithmetic than it saves gathers
@@ -180,12 +181,25 @@ def attend(
         return out, lse
     plan = _plan(q, k, v, v_channels, tile, False)
     limit = int(LARGEST_UNION * tile * K)
+    faster = _hopper_union(q, k, v, v_channels, tile)
     for part, keys, bits, counts in unions(indices, k.shape[1], tile, min(workspace_mb, UNION_MB), limit):
         n, first = part.stop - part.start, part.start
-        _launch_forward(q, k, v, sink, out, lse, scale, plan, UNION.value, n, R, (keys, bits, counts), first=first, limit=limit)
+        if faster is not None:
+            faster.launch(q, k, v, sink, out, lse, scale, tile, first, limit, keys, bits, counts)
+        else:
+            _launch_forward(q, k, v, sink, out, lse, scale, plan, UNION.value, n, R, (keys, bits, counts), first=first, limit=limit)
         rest = ROWS.value, n * tile, R, (indices, bits, counts)
         _launch_forward(q, k, v, sink, out, lse, scale, alone, *rest, first=first, limit=limit, shared_tile=tile)
     return out, lse
+
+
+def _hopper_union(q: Tensor, k: Tensor, v: Tensor | None, v_channels: int, tile: int) -> ModuleType | None:
+    """The module whose kernel serves unions on sm_90, where it runs and takes these inputs."""
+    if not gluon(q.device):
+        return None
+    from skim.ops.attend import hopper_union  # whose language other releases of Triton may lack
+
+    return hopper_union if hopper_union.serves(q, k, v, v_channels, tile) else None
 
 
 def _shared_tile(q: Tensor, k: Tensor, v_channels: int, gradients: bool) -> int:

@@ -71,13 +71,16 @@ def unite(
                     read |= marks[query]
                 number = ones_in(read)
                 slot = count + tl.cumsum(number, 0) - number
-                for bit in tl.static_range(32):
+                for _ in range(0, tl.max(number, 0)):  # far fewer than 32 where a selection is a small part of the keys
+                    bit = read & -read
                     bits = tl.zeros([WORDS], tl.int32)
                     for query in tl.static_range(TILE):
-                        bits |= ((marks[query] >> bit) & 1) << query
-                    tl.store(KEYS + out + slot, word * 32 + bit, mask=(bits != 0) & (slot < capacity))
-                    tl.store(BITS + out + slot, bits, mask=(bits != 0) & (slot < capacity))
-                    slot += (bits != 0).to(tl.int32)
+                        bits |= ((marks[query] & bit) != 0).to(tl.int32) << query
+                    more = (bit != 0) & (slot < capacity)
+                    tl.store(KEYS + out + slot, word * 32 + ones_in(bit - 1), mask=more)
+                    tl.store(BITS + out + slot, bits, mask=more)
+                    read ^= bit
+                    slot += 1
                 count += tl.sum(number, 0)
             for query in tl.static_range(TILE):
                 tl.store(bitmap + query * words + word, tl.zeros([WORDS], tl.int32), mask=word < end)

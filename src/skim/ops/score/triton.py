@@ -325,7 +325,8 @@ def index_scores(
     q, keys = operands(q, k, k_scale, block_table)
     tile = Tile.of(q)
     tiles = B * triton.cdiv(T, tile.BQ)
-    split = triton.cdiv(triton.cdiv(S, triton.cdiv(PROGRAMS, tiles)), tile.BN) * tile.BN
+    splits = max(1, 2 * PROGRAMS // tiles)  # no more than fill the card in whole waves
+    split = triton.cdiv(triton.cdiv(S, splits), tile.BN) * tile.BN
     forward_kernel[(tiles, triton.cdiv(S, split))](
         q, w, *keys.pointers, start.contiguous(), end.contiguous(), scores, *q.stride()[:3], *keys.strides, T, S, J, q.shape[3], split,
         **tile.constants, **keys.constants, PADDED=J % tile.BJ != 0, STAGES=tile.stages, num_warps=tile.WARPS, enable_fp_fusion=True,

@@ -1,4 +1,4 @@
-"""Exact top-k of index scores in Triton; the scores never reach memory.
+"""Exact top-k of index scores in Triton; the scores of many queries never reach memory.
 
 A sample of a row's scores gives a threshold that its k best keys are above with room to spare; what is above it, a few
 thousand candidates, is kept while the scores are made; the k best of these are the k best of all. That this holds is
@@ -7,6 +7,9 @@ checked, not hoped for: a row with too few or too many candidates is flagged, an
 Keys are ordered by (rank, position), rank an int32 that grows with the score. Candidates are all the keys of a row from
 some point of this order on, so ties need no second path: a plateau of equal scores is cut at a position. Segments hold
 candidates in the order of their positions.
+
+The scores of few queries, as in decoding, are written, once, and sampled where they lie: steps that wait for each other are what
+takes time there, and so there is one less. Each of many programs finds the candidates in a part of a row.
 """
 
 from __future__ import annotations
@@ -34,6 +37,9 @@ SAMPLE = 4096  # keys that a row is sampled at, at most
 CAPACITY = 1024  # candidates that a row may have, at least
 ROOM = 1  # tiles of keys by which thresholds may be too low, because they are cut at tiles
 SPLIT = 1024  # keys that a program walks, at least, where a row is split
+FEW = 64  # rows, at most, whose scores go by way of memory, so that many programs share in choosing of each
+PART = 4096  # keys of such a row that a program reads at once
+PART_WARPS = 16, 32  # of the programs that find candidates, and of those that choose from them
 FINITE = tl.constexpr(3.4028234663852886e38)
 RANK_KEPT = tl.constexpr(0x7F800000)  # of keys kept whatever they score: that of +inf
 RANK_FINITE = tl.constexpr(0x7F7FFFFF)  # of the largest finite score, and of +inf; that of -inf is -RANK_FINITE - 1
@@ -287,8 +293,7 @@ def candidates_kernel(
         if (origin < inner_low) | (origin + BN > inner_high):
             seen = (key >= start[None, :]) & (key < end[None, :])
             if KEEP:
-                kept = (key - start[None, :] < keep_first) | (key >= end[None, :] - keep_recent)
-                ranked = tl.where(kept, float("inf"), ranked)
+                ranked = with_kept(ranked, key, start[None, :], end[None, :], keep_first, keep_recent)
             ranked = tl.where(seen, ranked, float("-inf"))
         chosen = ranked >= tl.where(origin >= position, point, above)[None, :]
         if LOADED:
@@ -471,11 +476,20 @@ def of_threads(x, W: tl.constexpr):
 
 
 @triton.jit
-def threshold_of(SCORES, start, end, S, budget, stride, BM: tl.constexpr):
+def with_kept(scores, key, start, end, keep_first, keep_recent):
+    """Scores, infinite where keys are kept whatever they score."""
+    return tl.where((key - start < keep_first) | (key >= end - keep_recent), float("inf"), scores)
+
+
+@triton.jit
+def threshold_of(SCORES, start, end, S, budget, keep_first, keep_recent, stride, BM: tl.constexpr, KEEP: tl.constexpr):
     """From which point of the order on keys of a row are candidates: (rank, position), as in `threshold_kernel`."""
     key = (sampled_key(tl.arange(0, BM // PIECE), stride) * PIECE)[:, None] + tl.arange(0, PIECE)
+    scores = tl.load(SCORES + key, mask=key < S, other=0.0)
+    if KEEP:
+        scores = with_kept(scores, key, start, end, keep_first, keep_recent)
     seen = (key >= start) & (key < end)
-    rank = tl.where(seen, rank_alone(tl.load(SCORES + key, mask=key < S, other=0.0)), LOWEST)
+    rank = tl.where(seen, rank_alone(scores), LOWEST)
     number = tl.sum(seen.to(tl.int32))
     expected = budget * (number / (end - start).to(tl.float32))
     # Four standard deviations more where neighbours are all alike, and eleven where they have nothing to do with each other.
@@ -602,7 +616,7 @@ def row_candidates_kernel(
     start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
     if end - start // 16 * 16 > BC:
         SCORES += row * stride_row
-        point, position = threshold_of(SCORES, start, end, S, budget, stride, BM)
+        point, position = threshold_of(SCORES, start, end, S, budget, 0, 0, stride, BM, False)
         low = start // 512 * 512
         part = tl.cdiv(end - low, 512 * W) * 512
         position = low + tl.maximum(position - low, 0) // 512 * 512
@@ -646,6 +660,153 @@ def choose_row_kernel(
             keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC // 2, SEGMENTS, DIRECT)
         else:
             keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC, SEGMENTS, DIRECT)
+
+
+@triton.jit(do_not_specialize=["stride"])
+def part_candidates_kernel(
+    SCORES, START, END, VALUES, KEYS, COUNTS, MAXIMA, SUMS, stride_row, S, budget, keep_first, keep_recent, stride, part, segment,
+    BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """The candidates of `part` keys of a row, VALUES and KEYS `[parts, segment]` and COUNTS `[parts]`. Grid: rows, parts.
+
+    Each program finds its row's threshold itself: that takes less time than one more kernel. With scores also the maximum and the
+    sum of the exponentials of each part.
+    """
+    ROWS: tl.constexpr = BN // 128
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * part
+    here = row * tl.num_programs(1) + tl.program_id(1)
+    SCORES, VALUES, KEYS = SCORES + row * stride_row, VALUES + here * segment, KEYS + here * segment
+    key = first + in_order(ROWS, 1, 128)
+    scores = tl.load(SCORES + key, mask=key < S, other=0.0)  # on their way while the threshold is looked for
+    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+    if not WITH_SCORES:  # a row that keeps all it sees needs no candidates
+        end = tl.where(end - start <= budget, 0, end)
+    point, position = tl.full([], -RANK_FINITE - 1, tl.int32), start  # everything
+    if end - start > BC - 8:  # the first part that is seen and the last may leave gaps
+        point, position = threshold_of(SCORES, start, end, S, budget, keep_first, keep_recent, stride, BM, KEEP)
+    lowest = score_at(point)
+    above, count = next_score(lowest), 0
+    largest, sums = tl.full([ROWS, 1, 128], float("-inf"), tl.float32), tl.zeros([ROWS, 1, 128], tl.float32)
+    last = tl.minimum(first + part, end)
+    for origin in range(first, last, BN):
+        ahead = tl.load(SCORES + key + BN, mask=key + BN < tl.where(origin + BN < last, S, 0), other=0.0)
+        seen = (key >= start) & (key < end)
+        ranked = tl.maximum(scores, -FINITE)  # NaN too
+        if KEEP:
+            ranked = with_kept(ranked, key, start, end, keep_first, keep_recent)
+        ranked = tl.where(seen, ranked, float("-inf"))
+        least = tl.where(key >= position, lowest, above)
+        before, number = before_all((ranked >= least).to(tl.int32), ROWS, 1)
+        append_row(VALUES, KEYS, tl.minimum(count, segment - BN) + before, scores, key, ranked, least, DIRECT)  # a full segment is of no use
+        count += number
+        if WITH_SCORES:
+            visible = tl.where(seen, scores, float("-inf"))
+            larger = tl.maximum(largest, visible)
+            base = tl.where(tl.abs(larger) == float("inf"), 0.0, larger)
+            sums = sums * tl.exp(largest - base) + tl.exp(visible - base)
+            largest = larger
+        scores, key = ahead, key + BN
+    tl.store(COUNTS + here, count)
+    if WITH_SCORES:
+        maximum, total = maximum_and_sum(tl.reshape(largest, [BN]), tl.reshape(sums, [BN]))
+        tl.store(MAXIMA + here, maximum)
+        tl.store(SUMS + here, total)
+
+
+@triton.jit
+def maximum_and_sum(maxima, sums):
+    """Of parts with these maxima and, less them, these sums of exponentials: the same of them all. Infinite maxima weren't taken off."""
+    maximum = tl.max(maxima)
+    base = tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+    own = tl.where(tl.abs(maxima) == float("inf"), 0.0, maxima)
+    return maximum, tl.sum(sums * tl.exp(tl.where(maxima == float("-inf"), base, own) - base))
+
+
+@triton.jit
+def part_of(quad, first, PARTS: tl.constexpr):
+    """The last of the parts that begin, at `first` `[PARTS]`, no later than each quad."""
+    part = tl.zeros_like(quad)
+    for i in tl.static_range(9):  # bisection
+        if PARTS >> i > 1:
+            later = part + (PARTS >> i) // 2
+            part = tl.where(tl.gather(first, later, 0) <= quad, later, part)
+    return part
+
+
+@triton.jit
+def of_each(x, ROWS: tl.constexpr):
+    """`[ROWS * 32]`, of quads, as `[ROWS, 1, 128]`."""
+    return tl.reshape(tl.broadcast_to(tl.reshape(x, [ROWS, 1, 32])[:, :, :, None], [ROWS, 1, 32, 4]), [ROWS, 1, 128])
+
+
+@triton.jit
+def keep_best_of_parts(
+    VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment,
+    BC: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """The `wanted` best of a row's candidates, `counts` `[PARTS]` of them, in at most BC slots; each part begins at a multiple of four."""
+    ROWS: tl.constexpr = BC // 128
+    quad, quads = tl.arange(0, BC // 4), tl.cdiv(counts, 4)
+    first = tl.cumsum(quads, 0) - quads
+    part = part_of(quad, first, PARTS)
+    inside = 4 * (quad - tl.gather(first, part, 0))
+    left = of_each(tl.gather(counts, part, 0) - inside, ROWS)
+    near = tl.arange(0, 128)[None, None, :] % 4
+    place = tl.max_contiguous(tl.multiple_of(of_each(part * segment + inside, ROWS) + near, [1, 1, 4]), [1, 1, 4])
+    real = near < left
+    scores = tl.load(VALUES + place, mask=real, other=0.0)
+    key = tl.load(KEYS + place, mask=real, other=0)
+    rank = rank_of(scores, key, start, end, keep_first, keep_recent) if KEEP else rank_alone(scores)
+    rank = tl.where(real, rank, LOWEST)
+    point = greatest(rank, wanted, wanted, tl.min(tl.where(real, rank, RANK_KEPT)), tl.max(rank) + 1)
+    kept = (rank >= point).to(tl.int32)
+    before, number = before_all(kept, ROWS, 1)
+    if number > wanted:  # the oldest of those at the threshold go
+        equals, _ = before_all((rank == point).to(tl.int32), ROWS, 1)
+        kept = tl.where((rank > point) | (equals >= number - wanted), kept, 0)
+        before -= tl.minimum(equals, number - wanted)
+    put(INDICES, before, key, kept != 0, DIRECT)
+    if WITH_SCORES:
+        put(CHOSEN.to(tl.pointer_type(tl.int32), bitcast=True), before, scores.to(tl.int32, bitcast=True), kept != 0, DIRECT)
+
+
+@triton.jit
+def choose_parts_kernel(
+    SCORES, START, END, VALUES, KEYS, COUNTS, MAXIMA, SUMS, INDICES, SIZES, CHOSEN, LSE, stride_row, S, budget, keep_first, keep_recent, parts,
+    segment, BC: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """A row's selection from the candidates of its parts, or, where they aren't all there, from all its scores. Grid: rows."""
+    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
+    counts = tl.load(COUNTS + row * parts + part, mask=part < parts, other=0)
+    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+    size = tl.maximum(end - start, 0)
+    wanted = tl.minimum(size, budget)
+    VALUES, KEYS = VALUES + row * parts * segment, KEYS + row * parts * segment
+    INDICES, CHOSEN = INDICES + row * budget, CHOSEN + row * budget
+    tl.store(SIZES + row, wanted)
+    pad(INDICES, CHOSEN, wanted, budget, WITH_SCORES)
+    if WITH_SCORES:
+        maxima = tl.load(MAXIMA + row * parts + part, mask=part < parts, other=float("-inf"))
+        maximum, total = maximum_and_sum(maxima, tl.load(SUMS + row * parts + part, mask=part < parts, other=0.0))
+        tl.store(LSE + row, tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum) + tl.log(total))
+    if (size <= budget) & (not WITH_SCORES):
+        for origin in range(0, size, 1024):
+            slot = origin + tl.arange(0, 1024)
+            tl.store(INDICES + slot, start + slot, mask=slot < size)
+    elif size > 0:
+        slots = 4 * tl.sum(tl.cdiv(counts, 4))
+        if (tl.sum(counts) < wanted) | (slots > BC):
+            choose_of_all(SCORES + row * stride_row, INDICES, CHOSEN, start, end, wanted, keep_first, keep_recent, 2048, WITH_SCORES)
+        elif slots <= BC // 2:
+            keep_best_of_parts(
+                VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment, BC // 2, PARTS,
+                KEEP, WITH_SCORES, DIRECT,
+            )  # fmt: skip
+        else:
+            keep_best_of_parts(
+                VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment, BC, PARTS,
+                KEEP, WITH_SCORES, DIRECT,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tile0", "row0", "count"])
@@ -824,6 +985,11 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """indices `[B, T, K]`, counts `[B, T]`, and with `with_scores` their scores `[B, T, K]` and the lse `[B, T]`."""
     (B, T, J, E), S = q.shape, length(k, block_table)
+    if _few(B * T, S, budget, workspace_mb):
+        scores = score.index_scores(q, k, weights, q_scale, k_scale, start, end, workspace_mb, block_table)
+        found = _select_few(scores.flatten(0, 1), start.flatten(), end.flatten(), budget, keep_first, keep_recent, with_scores)
+        indices, counts, chosen, lse = (x.unflatten(0, (B, T)) if x.numel() else x for x in found)
+        return indices, counts, chosen, lse
     w = head_weights(weights, q_scale, E).contiguous()
     q, keys = operands(q, k, k_scale, block_table)
     tile = Tile.of(q)
@@ -843,6 +1009,9 @@ def top_k(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb:
         indices int32 `[rows, K]`, ascending with -1 behind, and counts int32 `[rows]`.
     """
     rows, S = scores.shape
+    if _few(rows, S, budget, workspace_mb):
+        indices, counts, _, _ = _select_few(scores, start, end, budget, 0, 0, False)
+        return indices, counts
     samples, capacity = row_sampling(min(budget, S), S)
     if rows < PROGRAMS or capacity > ROW_CAPACITY:
         return _top_k_in_parts(scores, start, end, budget, workspace_mb)
@@ -886,6 +1055,51 @@ def row_sampling(budget: int, S: int) -> tuple[int, int]:
         if capacity <= ROW_CAPACITY or samples >= 8192:
             return samples, capacity
         samples *= 2
+
+
+def _parts(rows: int, S: int) -> tuple[int, int]:
+    """(parts of a row of S scores, keys in one) if there are few rows."""
+    part = triton.cdiv(triton.cdiv(S, max(1, PROGRAMS // rows)), PART) * PART
+    return triton.cdiv(S, part), part
+
+
+def _few(rows: int, S: int, budget: int, workspace_mb: int) -> bool:
+    """Whether scores go by way of memory, so that many programs share in choosing of a row: where few rows are long."""
+    if not 0 < rows <= FEW or S <= ROW_CAPACITY:
+        return False
+    (parts, part), (_, capacity) = _parts(rows, S), row_sampling(min(budget, S), S)
+    return capacity <= 2 * BUDGET and rows * (4 * S + 8 * parts * (min(capacity, part) + PART)) <= workspace_mb << 20
+
+
+def _select_few(
+    scores: Tensor, start: Tensor, end: Tensor, budget: int, keep_first: int, keep_recent: int, with_scores: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """indices `[rows, K]`, counts `[rows]`, and with `with_scores` scores `[rows, K]` and the lse `[rows]`, of few rows of scores `[rows, S]`."""
+    (rows, S), device = scores.shape, scores.device
+    start, end = start.contiguous(), end.contiguous()
+    parts, part = _parts(rows, S)
+    samples, capacity = row_sampling(min(budget, S), S)
+    segment = min(capacity, part) + PART
+    values = torch.empty(rows * parts * segment, dtype=torch.float32, device=device)
+    keys = torch.empty(rows * parts * segment, dtype=torch.int32, device=device)
+    found = torch.empty(rows, parts, dtype=torch.int32, device=device)
+    maxima, sums = (torch.empty((rows, parts) if with_scores else (0,), dtype=torch.float32, device=device) for _ in range(2))
+    indices = torch.empty(rows, budget, dtype=torch.int32, device=device)
+    counts = torch.empty(rows, dtype=torch.int32, device=device)
+    chosen = torch.empty((rows, budget) if with_scores else (0,), dtype=torch.float32, device=device)
+    lse = torch.empty(rows if with_scores else 0, dtype=torch.float32, device=device)
+    finding, choosing = PART_WARPS[0], min(PART_WARPS[1], capacity // 256)
+    keep = keep_first, keep_recent
+    constants = {"BC": capacity, "KEEP": sum(keep) > 0, "WITH_SCORES": with_scores, "DIRECT": not INTERPRETED}
+    part_candidates_kernel[(rows, parts)](
+        scores, start, end, values, keys, found, maxima, sums, scores.stride(0), S, budget, *keep, triton.cdiv(S, samples), part, segment,
+        BM=samples, BN=PART, **constants, num_warps=finding,
+    )  # fmt: skip
+    choose_parts_kernel[(rows,)](
+        scores, start, end, values, keys, found, maxima, sums, indices, counts, chosen, lse, scores.stride(0), S, budget, *keep, parts, segment,
+        PARTS=triton.next_power_of_2(parts), **constants, num_warps=choosing,
+    )  # fmt: skip
+    return indices, counts, chosen, lse
 
 
 def _top_k_in_parts(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb: int) -> tuple[Tensor, Tensor]:

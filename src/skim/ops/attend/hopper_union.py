@@ -1,0 +1,233 @@
+"""Attention of grouped heads over unions of neighbouring selections on sm_90 in Gluon: keys and values of 64 or 128 channels.
+
+A task is a tile of neighbouring queries with the heads of one key head: 128 rows, which read the union of the queries' selections,
+a bit a query and key saying who reads it (see union.py). A program, one a processor, serves task after task. It walks the keys of
+each in blocks of 64, as many of them in shared memory as fit, with three groups of four warps:
+
+- two of `_rows`, each with half of the queries: scores, probabilities, outputs. The queries stay in registers. The values of a
+  block are multiplied while the next block is scored and its probabilities are made, so that the matrix units always have work;
+- `_gather` copies the keys and values of the blocks ahead, 16 bytes at a time, zeros where there is none.
+
+The groups hand over through barriers in shared memory, as in hopper.py. Blocks are counted over all tasks of a program.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from skim.ops.dispatch import processors
+
+LOG2E = gl.constexpr(1.4426950408889634)
+ROWS, KEYS = gl.constexpr(64), gl.constexpr(64)  # of a group of warps; of a block
+STAGES = 6  # blocks in shared memory
+REGISTERS = 216, 72  # a thread of the second `_rows` and of `_gather`; the first takes what is left
+
+copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # Triton renamed it after 3.6
+
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # [ROWS, KEYS]
+QUERIES = gl.constexpr(gl.DotOperandLayout(0, SCORES, 2))  # [ROWS, D]
+COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 a row
+LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+TILES = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+
+
+@gluon.jit
+def _task(task, first, COUNTS, T, limit, G: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr):
+    """Row of the batch, first query, key head, row of the lists, and how many keys the union has: -1 where others serve it."""
+    own, g = task // G, task % G
+    tiles_of_row = gl.cdiv(T, TILE)
+    row = own * R + g // (G // R)
+    count = gl.load(COUNTS + row)
+    return ((first + own) // tiles_of_row).to(gl.int64), (first + own) % tiles_of_row * TILE, g, row.to(gl.int64), gl.where(count > limit, -1, count)
+
+
+@gluon.jit
+def _key(READS, BITS, at, end, layout: gl.constexpr):
+    """The keys of a block of a union, -1 where there is none, and who reads them."""
+    slot = at + gl.arange(0, KEYS, layout)
+    return gl.load(READS + slot, mask=slot < end, other=-1), gl.load(BITS + slot, mask=slot < end, other=0)
+
+
+@gluon.jit
+def _gather(
+    K, V, k_b, k_s, k_g, v_b, v_s, v_g, READS, BITS, COUNTS, first, tasks, width, limit, T, keys, values, readers, ready, free,
+    D: gl.constexpr, G: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy block after block of keys and values, with who reads them."""
+    of_rows: gl.constexpr = gl.SliceLayout(1, COPY)
+    channel = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, COPY)), 0)
+    block = 0
+    for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
+        b, _, g, row, end = _task(task, first, COUNTS, T, limit, G, R, TILE)
+        k_row, v_row = K + b * k_b + g.to(gl.int64) * k_g, V + b * v_b + g.to(gl.int64) * v_g
+        reads, bits = READS + row * width, BITS + row * width
+        ahead, who_ahead = _key(reads, bits, 0, end, of_rows)
+        for at in range(0, end, KEYS):
+            stage = block % STAGES
+            key, who = ahead, who_ahead
+            ahead, who_ahead = _key(reads, bits, at + KEYS, end, of_rows)  # so that copies needn't wait for it
+            real = gl.expand_dims(key >= 0, 1)
+            key = gl.where(key < 0, 0, key).to(gl.int64)
+            mbarrier.wait(free.index(stage), (block // STAGES & 1) ^ 1)
+            readers.index(stage).store(who)
+            copy(keys.index(stage), gl.expand_dims(k_row + key * k_s, 1) + channel, mask=real)
+            copy(values.index(stage), gl.expand_dims(v_row + key * v_s, 1) + channel, mask=real)
+            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)  # each thread, when its copies are there
+            mbarrier.arrive(ready.index(stage), count=1)
+            block += 1
+
+
+@gluon.jit
+def _row(first_query, g, T, HALF: gl.constexpr, H: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, layout: gl.constexpr):
+    """Of each matrix row: query within the tile, query, head, and whether there is such a row."""
+    row = HALF * ROWS + gl.arange(0, ROWS, layout)
+    i, head = row // BLOCK_H, row % BLOCK_H
+    return i, first_query + i, g * (H // G) + head, (first_query + i < T) & (head < H // G)
+
+
+@gluon.jit
+def _rows(
+    Q, q_b, q_t, q_h, OUT, LSE, SINK, COUNTS, first, tasks, limit, T, scale, keys, values, readers, ready, free,
+    H: gl.constexpr, D: gl.constexpr, G: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, STAGES: gl.constexpr,
+    HAS_SINK: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """Out and lse of half the queries of each task."""
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    of_scores: gl.constexpr = gl.SliceLayout(1, SCORES)
+    of_sums: gl.constexpr = gl.SliceLayout(1, SUMS)
+    of_weights: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    block = 0
+    for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
+        b, first_query, g, _, end = _task(task, first, COUNTS, T, limit, G, R, TILE)
+        _, t, head, ok = _row(first_query, g, T, HALF, H, G, TILE, BLOCK_H, gl.SliceLayout(1, QUERIES))
+        channel = gl.arange(0, D, gl.SliceLayout(0, QUERIES))
+        source = gl.expand_dims(Q + b * q_b + t.to(gl.int64) * q_t + head.to(gl.int64) * q_h, 1) + gl.expand_dims(channel, 0)
+        q = gl.load(source, mask=gl.expand_dims(ok & (end > 0), 1), other=0.0)
+        i, t, head, ok = _row(first_query, g, T, HALF, H, G, TILE, BLOCK_H, of_scores)
+        reader = gl.expand_dims(1 << i, 1)
+        largest = gl.full([ROWS], -1e30, gl.float32, of_scores)
+        total = gl.zeros([ROWS], gl.float32, of_scores)
+        acc = gl.zeros([ROWS, D], gl.float32, SUMS)
+        weight = gl.zeros([ROWS, KEYS], q.dtype, of_weights)
+        before = block % STAGES  # the first block has none: its own values, times zero
+        if end > 0:
+            mbarrier.wait(ready.index(before), block // STAGES & 1)
+        for at in range(0, end, KEYS):
+            stage = block % STAGES
+            fence_async_shared()
+            s = warpgroup_mma(q, keys.index(stage).permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, SCORES), use_acc=False, is_async=True)
+            acc = warpgroup_mma(weight, values.index(before), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            who = gl.expand_dims(readers.index(stage).load(gl.SliceLayout(0, SCORES)), 0)
+            s = gl.where((who & reader) != 0, s, float("-inf"))
+            larger = gl.maximum(largest, gl.max(s, 1) * scale)  # scale > 0
+            p = gl.exp2(s * scale - gl.expand_dims(larger, 1))
+            alpha = gl.exp2(largest - larger)
+            total = total * alpha + gl.sum(p, 1)
+            largest = larger
+            following = gl.convert_layout(p.to(q.dtype), of_weights)
+            block += 1
+            if at + KEYS < end:  # here, so that no compiler moves the next wait before the exponentials
+                mbarrier.wait(ready.index(block % STAGES), block // STAGES & 1)
+            acc, weight, following, alpha = warpgroup_mma_wait(0, deps=[acc, weight, following, alpha])
+            if at > 0:
+                mbarrier.arrive(free.index(before), count=1)
+            acc = acc * gl.expand_dims(gl.convert_layout(alpha, of_sums), 1)
+            weight = following
+            before = stage
+        if end > 0:
+            acc = warpgroup_mma(weight, values.index(before), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(free.index(before), count=1)
+        empty = total == 0
+        lse = gl.where(empty, float("-inf"), (largest + gl.log2(total)) / LOG2E)
+        factor = gl.where(empty, 0.0, 1 / total)
+        if HAS_SINK:
+            sink = gl.load(SINK + head, mask=ok, other=0.0).to(gl.float32)
+            factor = gl.where(empty, 0.0, factor / (1 + gl.exp2((sink - lse) * LOG2E)))
+        ok = ok & (end >= 0)
+        gl.store(LSE + (b * T + t) * H + head, lse, mask=ok)
+        _store(OUT, acc, gl.convert_layout(factor, of_sums), b, first_query, g, end, T, HALF, H, D, G, TILE, BLOCK_H)
+
+
+@gluon.jit
+def _store(
+    OUT, acc, factor, b, first_query, g, end, T,
+    HALF: gl.constexpr, H: gl.constexpr, D: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr,
+):  # fmt: skip
+    # A thread holds 8 neighbouring channels of a row instead of 2: what it stores is 16 bytes.
+    high: gl.constexpr = [[0, 32], [0, 64]] if D == 128 else [[0, 32]]
+    WIDE: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0]] + high, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, D]
+    )
+    factor = gl.expand_dims(factor, 1)
+    out = gl.where(factor == 0, 0.0, acc * factor)  # what neighbours read, even NaN, stays with them
+    _, t, head, ok = _row(first_query, g, T, HALF, H, G, TILE, BLOCK_H, gl.SliceLayout(1, WIDE))
+    into = OUT + gl.expand_dims(((b * T + t) * H + head) * D, 1) + gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, WIDE)), 0)
+    gl.store(into, gl.convert_layout(out.to(OUT.dtype.element_ty), WIDE), mask=gl.expand_dims(ok & (end >= 0), 1))
+
+
+@gluon.jit
+def forward(
+    Q, K, V, OUT, LSE, SINK, READS, BITS, COUNTS, first, tasks, scale, T, width, limit, q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g,
+    H: gl.constexpr, D: gl.constexpr, G: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, HAS_SINK: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS_ROWS: gl.constexpr, REGISTERS_GATHER: gl.constexpr,
+):  # fmt: skip
+    """out and lse: program n serves the tasks n, n + programs, ...; task m is key head m % G of tile first + m // G.
+
+    READS `[tiles, R, width]` holds the unions' keys, with BITS and COUNTS; those of more than `limit` keys are left out.
+    """
+    dtype: gl.constexpr = Q.dtype.element_ty
+    keys = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], TILES)
+    values = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], TILES)
+    readers = gl.allocate_shared_memory(gl.int32, [STAGES, KEYS], LINES)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=129)  # the threads of `_gather`, and its bits
+        mbarrier.init(free.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (_rows, (
+                Q, q_b, q_t, q_h, OUT, LSE, SINK, COUNTS, first, tasks, limit, T, scale, keys, values, readers, ready, free,
+                H, D, G, R, TILE, BLOCK_H, STAGES, HAS_SINK, 0,
+            )),
+            (_rows, (
+                Q, q_b, q_t, q_h, OUT, LSE, SINK, COUNTS, first, tasks, limit, T, scale, keys, values, readers, ready, free,
+                H, D, G, R, TILE, BLOCK_H, STAGES, HAS_SINK, 1,
+            )),
+            (_gather, (
+                K, V, k_b, k_s, k_g, v_b, v_s, v_g, READS, BITS, COUNTS, first, tasks, width, limit, T, keys, values, readers, ready, free,
+                D, G, R, TILE, STAGES,
+            )),
+        ],
+        [4, 4],
+        [REGISTERS_ROWS, REGISTERS_GATHER],
+    )  # fmt: skip
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor | None, v_channels: int, tile: int) -> bool:
+    """Whether this kernel takes these inputs: halves, as many channels of keys as of values, rows that begin at multiples of 16 bytes."""
+    if v is None or not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    aligned = all(x.data_ptr() % 16 == 0 and not any(s % 8 for s, n in zip(x.stride()[:-1], x.shape) if n > 1) for x in (k, v))
+    return aligned and q.shape[3] == v_channels and v_channels in (64, 128) and 2 <= tile <= ROWS.value
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, out: Tensor, lse: Tensor, scale: float, tile: int, first: int, limit: int,
+    keys: Tensor, bits: Tensor, counts: Tensor,
+) -> None:  # fmt: skip
+    """out and lse of the tiles from `first` on whose unions, those of union.py, have at most `limit` keys."""
+    _, T, H, D = q.shape
+    G, R = k.shape[2], counts.shape[1]
+    tasks = counts.shape[0] * G
+    forward[(min(tasks, processors(q.device)),)](
+        q, k, v, out, lse, sink, keys, bits, counts, first, tasks, scale * LOG2E.value, T, keys.shape[-1], limit,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, D, G, R, tile, 2 * ROWS.value // tile, sink is not None,
+        STAGES, *REGISTERS, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
