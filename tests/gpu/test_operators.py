@@ -57,6 +57,18 @@ def test_few_queries_score_bitwise_as_among_many(J, dtype):
         assert torch.equal(scores(slice(T - few, T)), many[:, T - few :])
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float8_e4m3fn))
+@pytest.mark.parametrize("J, E", ((8, 64), (17, 100), (64, 128)))
+@pytest.mark.parametrize("T", (1, 40, 100))  # by way of scores in memory, and more rows than that takes
+def test_selected_keys_have_bitwise_the_scores_that_index_scores_gives(T, J, E, dtype):
+    S = 20000
+    q, k, w = torch.randn(1, T, J, E).cuda(), torch.randn(1, S, E).cuda(), torch.randn(1, T, J).cuda()
+    q, k = (skim.ops.codec.quantise(x) if dtype == torch.float8_e4m3fn else x.to(dtype) for x in (q, k))
+    selection, _ = skim.select(q, k, w, 512, keep_first=4, keep_recent=16, with_scores=True, impl="triton")
+    scores = skim.index_scores(q, k, w, impl="triton")
+    assert torch.equal(selection.scores[:, :, 0], scores.gather(2, selection.indices[:, :, 0].long()))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dense", (False, True))
 def test_attention_and_its_gradients_equal_float64(dtype, dense):

@@ -26,7 +26,7 @@ from compiled import compiling  # noqa: E402
 from skim.ops.checks import expect_index_inputs  # noqa: E402
 
 MODES = ("rows", "union", "dense")  # of skim.ops.attend.triton
-FIELDS = ("registers", "spilled", "shared", "warps", "products", "handed_over", "fused_sums")
+FIELDS = ("registers", "spilled", "shared", "warps", "products", "handed_over", "fused_sums", "sums_of_products")
 Call = tuple[str, Callable[[], object]]
 
 
@@ -136,9 +136,9 @@ def deterministic(call: Callable[[], object]) -> Callable[[], object]:
 
 def indexers(capability: int, T: int, S: int) -> Iterator[tuple[str, tuple[Tensor | None, ...]]]:
     """q, k, weights and scales of the indexers: FP8 where the matrix units have it."""
-    for J, E, dtype in ((4, 64, torch.bfloat16), (8, 64, torch.float8_e4m3fn), (64, 128, torch.float8_e4m3fn)):
+    for J, E, dtype in ((4, 64, torch.bfloat16), (64, 128, torch.bfloat16), (8, 64, torch.float8_e4m3fn), (64, 128, torch.float8_e4m3fn)):
         eight = dtype == torch.float8_e4m3fn
-        if eight and J == 8 and capability < 89:
+        if eight and J == 8 and capability < 89 or not eight and J == 64 and capability != 90:
             continue
         scales = (empty(1, T, J, dtype=torch.float32), empty(1, S, dtype=torch.float32)) if eight else (None, None)
         yield f"{J}x{E} {'fp8' if eight else 'bf16'}", (empty(1, T, J, E, dtype=dtype), empty(1, S, E, dtype=dtype), empty(1, T, J), *scales)
@@ -158,7 +158,7 @@ def score(capability: int) -> Iterator[Call]:
     interval = zeros(1, T), zeros(1, T)
     for name, inputs in indexers(capability, T, S):
         yield f"{name} index_scores", partial(kernels.index_scores, *inputs, *interval, 64)
-        if "bf16" in name:
+        if name == "4x64 bf16":
             grad = empty(1, T, S, dtype=torch.float32)
             yield f"{name} index_scores_backward", partial(kernels.index_scores_backward, grad, *inputs[:3], *interval, 64)
     for name, inputs, table in cached(T):

@@ -29,6 +29,7 @@ class Compiled:
     shared: int
     warps: int
     ptx: str
+    llir: str
 
     @property
     def matrix_unit(self) -> str | None:
@@ -52,6 +53,12 @@ class Compiled:
         shared = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%r\d+)", self.ptx))
         shared |= {to for to, of in re.findall(r"mov\.b32\s+(%f\d+), (%r\d+);", self.ptx) if of in shared}
         return sum(last in shared for last in re.findall(r"fma\.rn\.f32\s.*, (%\w+);", self.ptx))
+
+    @property
+    def sums_of_products(self) -> int:
+        """How many sums of two rounded products are written out: one of them is fused with the sum, whichever the assembler likes."""
+        products = set(re.findall(r"(%[\w.]+) = fmul ", self.llir))
+        return sum({first, second} <= products for first, second in re.findall(r" = fadd .*?(%[\w.]+), (%[\w.]+)", self.llir))
 
 
 class _Driver:
@@ -91,7 +98,7 @@ def compiling(capability: int) -> Iterator[list[Compiled]]:
             constants = {self.arg_names[place[0]]: value for place, value in kernel.src.constants.items()}
             metadata = kernel.metadata
             usage = _usage(report.getvalue())
-            found.append(Compiled(metadata.name, constants, *usage, metadata.shared, metadata.num_warps, kernel.asm["ptx"]))
+            found.append(Compiled(metadata.name, constants, *usage, metadata.shared, metadata.num_warps, kernel.asm["ptx"], kernel.asm["llir"]))
         return kernel
 
     JITFunction.run = run

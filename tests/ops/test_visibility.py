@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from skim.ops import visible
+from skim.ops.checks import expect_interval
 
 
 def intervals(pair):
@@ -13,6 +14,13 @@ def intervals(pair):
 def test_causal_queries_stand_at_the_end_of_the_keys():
     assert intervals(visible(4, 4)) == ([[0, 0, 0, 0]], [[1, 2, 3, 4]])
     assert intervals(visible(5, 2)) == ([[0, 0]], [[4, 5]])
+
+
+@pytest.mark.parametrize("B, T, S", [(2, 1, 5), (2, 1, 0), (2, 3, 5), (1, 5, 5)])
+def test_no_interval_is_causal_and_that_of_one_query_needs_no_copy(B, T, S):
+    interval = expect_interval(None, None, B, T, S, torch.device("cpu"))
+    assert all(torch.equal(x, y.expand(B, T)) and x.dtype == y.dtype for x, y in zip(interval, visible(S, T), strict=True))
+    assert T > 1 or all(x.is_contiguous() for x in interval)
 
 
 def test_a_chunk_of_a_prefill_stands_at_its_offset():

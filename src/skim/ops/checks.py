@@ -44,8 +44,10 @@ def expect_interval(start: Optional[Tensor], end: Optional[Tensor], B: int, T: i
     if (start is None) != (end is None):
         raise ValueError(f"start, end: expected both or none, got only {'end' if start is None else 'start'}")
     if start is None or end is None:
-        position = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=device).clamp(min=0)
-        return torch.zeros(B, T, dtype=torch.int32, device=device), position.expand(B, T)
+        start = torch.zeros(B, T, dtype=torch.int32, device=device)
+        if T == 1:  # a decoding step: as few launches as may be
+            return start, torch.full_like(start, S)
+        return start, torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=device).clamp(min=0).expand(B, T)
     for name, bound in (("start", start), ("end", end)):
         expect_tensor(name, bound, "BT")
         if bound.dtype != torch.int32:

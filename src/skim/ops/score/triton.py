@@ -21,7 +21,7 @@ from skim.ops.score.weights import head_weights
 
 PROGRAMS = 264  # as many as fill a large card twice: where there are fewer tiles of queries, the keys are split
 CHANNELS = 512
-INTERPRETED = interpreted()
+INTERPRETED = tl.constexpr(interpreted())
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Tile:
         # Keys that fit beside the queries: in half of the memory, so that two programs share a multiprocessor, and in all of it.
         fitting = [(part - 2048) // (q.itemsize * BE) - BQ * BJ for part in (limit // 2, limit)]
         stages = min(3, max(fitting[0] // BN, min(2, fitting[1] // BN))) if blocks == 1 else 1
-        warps = 8 if q.itemsize * BE >= 256 and columns == 128 else 4  # wide keys take many registers
+        warps = 8 if q.itemsize * BE > 256 and columns == 128 else 4  # two programs of 4 share a multiprocessor, where memory suffices for two
         if q.dtype == torch.float32:  # four products a thread, so that it has pairs of heads: Triton sums heads of scattered threads wrongly
             warps = min(8, BN * BQ * BJ // 128)
         return cls(BN, BQ, BJ, BE, triton.cdiv(J, BJ), warps, stages)
@@ -140,19 +140,35 @@ def load_queries(Q, W, stride_t, stride_j, t0, T, J, E, block, BQ: tl.constexpr,
 
 
 @triton.jit
-def sum_heads(q, w, k, head, J, BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, PADDED: tl.constexpr):
-    """`sum_j w * ReLU(q . k)` over a block of heads: `[BN, BQ]`."""
+def by_query(x, BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr):
+    """`[BN, BQ * BJ]`, in the order of `column_query`, as `[BN, BQ, BJ]`."""
     PAIR: tl.constexpr = min(2, BJ)
     NEAR: tl.constexpr = min(4, BQ)
+    x = tl.permute(tl.reshape(x, [BN, BQ // NEAR, BJ // PAIR, NEAR, PAIR]), [0, 1, 3, 2, 4])
+    return tl.reshape(x, [BN, BQ, BJ])
+
+
+@triton.jit
+def add_product(x, w, y, v):
+    """x * w + y * v, and 1, the factor of a sum: so it's said which product is rounded, and no kernel's compiler chooses the other."""
+    return tl.fma(y, v, x * w), tl.full([], 1.0, tl.float32)
+
+
+@triton.jit
+def sum_heads(q, w, k, head, J, BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, PADDED: tl.constexpr):
+    """`sum_j w * ReLU(q . k)` over a block of heads: `[BN, BQ]`."""
     dots = tl.dot(k, tl.trans(q), input_precision="ieee")
     if q.dtype == tl.float8e4nv:  # these products are finite, so x + |x| is twice ReLU(x); additions run at twice the rate of maxima
-        parts = (dots + tl.abs(dots)) * (0.5 * w)[None, :]
+        dots, w = dots + tl.abs(dots), 0.5 * w
     else:
-        parts = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
+        dots = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if PADDED:  # infinite keys have NaN products with heads that aren't there
-        parts = tl.where((head < J)[None, :], parts, 0.0)
-    parts = tl.permute(tl.reshape(parts, [BN, BQ // NEAR, BJ // PAIR, NEAR, PAIR]), [0, 1, 3, 2, 4])
-    return tl.sum(tl.reshape(parts, [BN, BQ, BJ]), 2)
+        dots = tl.where((head < J)[None, :], dots, 0.0)
+    dots, w = by_query(dots, BN, BQ, BJ), by_query(tl.broadcast_to(w[None, :], [BN, BQ * BJ]), BN, BQ, BJ)
+    if INTERPRETED or BJ == 1:  # an interpreter would add one number at a time; one product needs no sum
+        return tl.sum(dots * w, 2)
+    else:
+        return tl.reduce((dots, w), 2, add_product)[0]
 
 
 @triton.jit
@@ -325,7 +341,8 @@ def index_scores(
     q, keys = operands(q, k, k_scale, block_table)
     tile = Tile.of(q)
     tiles = B * triton.cdiv(T, tile.BQ)
-    splits = max(1, 2 * PROGRAMS // tiles)  # no more than fill the card in whole waves
+    at_once = PROGRAMS if tile.BQ * tile.BJ >= 128 else 2 * PROGRAMS  # a wide product leaves registers for two programs, others for four or more
+    splits = max(1, at_once // tiles)
     split = triton.cdiv(triton.cdiv(S, splits), tile.BN) * tile.BN
     forward_kernel[(tiles, triton.cdiv(S, split))](
         q, w, *keys.pointers, start.contiguous(), end.contiguous(), scores, *q.stride()[:3], *keys.strides, T, S, J, q.shape[3], split,
