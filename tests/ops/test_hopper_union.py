@@ -27,7 +27,7 @@ def simulated_without_a_card(monkeypatch: pytest.MonkeyPatch):
     if not REAL:
         monkeypatch.setattr(plans, "gluon", lambda device: True)
         monkeypatch.setattr(kernels, "processors", lambda device: 2)
-        monkeypatch.setattr(kernels, "forward", Simulated(kernels.forward))
+        monkeypatch.setattr(kernels, "forward_unions", Simulated(kernels.forward_unions))
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def _store(
 
 
 @gluon.jit
-def forward(
+def forward_unions(
     Q, K, V, OUT, LSE, SINK, READS, BITS, COUNTS, first, tasks, scale, T, width, limit, q_b, q_t, q_h, k_b, k_s, k_g, v_b, v_s, v_g,
     H: gl.constexpr, D: gl.constexpr, G: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, HAS_SINK: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS_ROWS: gl.constexpr, REGISTERS_GATHER: gl.constexpr,
@@ -226,7 +226,7 @@ def launch(
     _, T, H, D = q.shape
     G, R = k.shape[2], counts.shape[1]
     tasks = counts.shape[0] * G
-    forward[(min(tasks, processors(q.device)),)](
+    forward_unions[(min(tasks, processors(q.device)),)](
         q, k, v, out, lse, sink, keys, bits, counts, first, tasks, scale * LOG2E.value, T, keys.shape[-1], limit,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, D, G, R, tile, 2 * ROWS.value // tile, sink is not None,
         STAGES, *REGISTERS, num_warps=4, enable_fp_fusion=True,
