@@ -218,7 +218,7 @@ class Lab:
         return made
 
     def best(self, kind: str, loss: str) -> float:
-        """The smallest learning rate whose loss on the selection split is within one standard error of the best one's.
+        """The smallest learning rate whose loss on the selection split is behind the best by no more than one standard error of the difference.
 
         The rule of Breiman et al. (Classification and Regression Trees, 1984): what differs by less is chance, and small steps keep more of
         what the model learned.
@@ -393,7 +393,7 @@ class Lab:
         for kind, loss in TRAININGS:
             files = [self.out / f"{search(kind, loss, rate)}.json" for rate in RATES]
             if all(file.exists() for file in files):
-                least[kind, loss] = min(json.loads(file.read_text())["selection"] for file in files)
+                least[kind, loss] = json.loads((self.out / f"{search(kind, loss, self.best(kind, loss))}.json").read_text())["selection"]
         if (file := self.out / "untouched.json").exists():
             least["dense", "distill"] = json.loads(file.read_text())["selection"]
         cost = {loss: least["sparse", loss] - least["dense", loss] for loss in LOSSES if {("sparse", loss), ("dense", loss)} <= least.keys()}

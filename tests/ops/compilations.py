@@ -106,6 +106,8 @@ def hopper_union(capability: int) -> Iterator[Call]:
         tile, T = min(128 // heads, 32), 256
         q, k, sink = empty(1, T, H, D), empty(1, 4096, G, D), empty(H, dtype=torch.float32) if G == 8 else None
         reads = zeros(T // tile, 1, 2048), zeros(T // tile, 1, 2048), zeros(T // tile, 1)
+        if G == 2:
+            k = empty(1, 4096, G, D + 16)[..., :D]
         call = partial(kernels.launch, q, k, k, sink, q, empty(1, T, H, dtype=torch.float32), 0.1, tile, 0, 2048, *reads)
         yield f"{H}/{G} {D} attend", mock.patch.object(kernels, "processors", lambda device: 132)(call)
 

@@ -110,3 +110,7 @@ def test_what_it_leaves_to_the_other_kernel(D: int) -> None:
     assert not kernels.serves(q, k, None, D, 8)
     assert not kernels.serves(q.float(), k.float(), v.float(), D, 8)
     assert not kernels.serves(q, k[..., 1:], v, D, 8)
+    wide, alone = inputs(1, 16, 50, 32, 2, D + 8)[1][..., :D], torch.as_strided(k, k.shape, (8, *k.stride()[1:]))
+    assert not any(kernels.serves(q, x, v, D, 8) for x in (wide, alone))  # rows of which Triton doesn't know how they lie
+    assert kernels.serves(q, inputs(1, 16, 50, 32, 2, D + 16)[1][..., :D], v, D, 8)
+    assert not kernels.serves(q[:, :, :4], k, v, D, 32)  # two heads in rows for four

@@ -121,7 +121,7 @@ def _visibility(
     eager, whole, unpadded = not is_tracing(), False, False
     padding = None if attention_mask is None else attention_mask.bool()
     first = torch.full_like(query, first_key)
-    if eager:  # all that is to be known here, in one wait for the device
+    if eager:  # in one wait for the device; what has no holes is seen whole by whoever sees the first key
         later, all_shown = sees(query + 1) & (query < last_key), () if padding is None else (padding.all(),)
         ahead, whole, unpadded = (*torch.stack((later.any(), sees(first).all(), *all_shown)).tolist(), False)[:3]
         if ahead:

@@ -144,7 +144,7 @@ def shared_memory(device: torch.device) -> int:
 
 def gluon(device: torch.device) -> bool:
     """Whether kernels written in Gluon run on this device."""
-    return util.find_spec("triton") is not None and _without_hopper(device.type, device.index) is None
+    return _without("hopper", device.type, device.index) is None
 
 
 @cache

@@ -82,7 +82,7 @@ def _gather(
 
 
 @gluon.jit
-def _row(first_query, g, T, HALF: gl.constexpr, H: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, layout: gl.constexpr):
+def _row(first_query, g, T, HALF: gl.constexpr, H: gl.constexpr, G: gl.constexpr, BLOCK_H: gl.constexpr, layout: gl.constexpr):
     """Of each matrix row: query within the tile, query, head, and whether there is such a row."""
     row = HALF * ROWS + gl.arange(0, ROWS, layout)
     i, head = row // BLOCK_H, row % BLOCK_H
@@ -103,17 +103,17 @@ def _rows(
     block = 0
     for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
         b, first_query, g, _, end = _task(task, first, COUNTS, T, limit, G, R, TILE)
-        _, t, head, ok = _row(first_query, g, T, HALF, H, G, TILE, BLOCK_H, gl.SliceLayout(1, QUERIES))
+        _, t, head, ok = _row(first_query, g, T, HALF, H, G, BLOCK_H, gl.SliceLayout(1, QUERIES))
         channel = gl.arange(0, D, gl.SliceLayout(0, QUERIES))
         source = gl.expand_dims(Q + b * q_b + t.to(gl.int64) * q_t + head.to(gl.int64) * q_h, 1) + gl.expand_dims(channel, 0)
         q = gl.load(source, mask=gl.expand_dims(ok & (end > 0), 1), other=0.0)
-        i, t, head, ok = _row(first_query, g, T, HALF, H, G, TILE, BLOCK_H, of_scores)
+        i, t, head, ok = _row(first_query, g, T, HALF, H, G, BLOCK_H, of_scores)
         reader = gl.expand_dims(1 << i, 1)
         largest = gl.full([ROWS], -1e30, gl.float32, of_scores)
         total = gl.zeros([ROWS], gl.float32, of_scores)
         acc = gl.zeros([ROWS, D], gl.float32, SUMS)
         weight = gl.zeros([ROWS, KEYS], q.dtype, of_weights)
-        before = block % STAGES  # the first block has none: its own values, times zero
+        before = block % STAGES  # the first block has none: its own values times zero, NaN where they are infinite
         if end > 0:
             mbarrier.wait(ready.index(before), block // STAGES & 1)
         for at in range(0, end, KEYS):
@@ -151,13 +151,13 @@ def _rows(
             factor = gl.where(empty, 0.0, factor / (1 + gl.exp2((sink - lse) * LOG2E)))
         ok = ok & (end >= 0)
         gl.store(LSE + (b * T + t) * H + head, lse, mask=ok)
-        _store(OUT, acc, gl.convert_layout(factor, of_sums), b, first_query, g, end, T, HALF, H, D, G, TILE, BLOCK_H)
+        _store(OUT, acc, gl.convert_layout(factor, of_sums), b, first_query, g, end, T, HALF, H, D, G, BLOCK_H)
 
 
 @gluon.jit
 def _store(
     OUT, acc, factor, b, first_query, g, end, T,
-    HALF: gl.constexpr, H: gl.constexpr, D: gl.constexpr, G: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr,
+    HALF: gl.constexpr, H: gl.constexpr, D: gl.constexpr, G: gl.constexpr, BLOCK_H: gl.constexpr,
 ):  # fmt: skip
     # A thread holds 8 neighbouring channels of a row instead of 2: what it stores is 16 bytes.
     high: gl.constexpr = [[0, 32], [0, 64]] if D == 128 else [[0, 32]]
@@ -166,7 +166,7 @@ def _store(
     )
     factor = gl.expand_dims(factor, 1)
     out = gl.where(factor == 0, 0.0, acc * factor)  # what neighbours read, even NaN, stays with them
-    _, t, head, ok = _row(first_query, g, T, HALF, H, G, TILE, BLOCK_H, gl.SliceLayout(1, WIDE))
+    _, t, head, ok = _row(first_query, g, T, HALF, H, G, BLOCK_H, gl.SliceLayout(1, WIDE))
     into = OUT + gl.expand_dims(((b * T + t) * H + head) * D, 1) + gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, WIDE)), 0)
     gl.store(into, gl.convert_layout(out.to(OUT.dtype.element_ty), WIDE), mask=gl.expand_dims(ok & (end >= 0), 1))
 
@@ -211,11 +211,16 @@ def forward_unions(
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor | None, v_channels: int, tile: int) -> bool:
-    """Whether this kernel takes these inputs: halves, as many channels of keys as of values, rows that begin at multiples of 16 bytes."""
+    """Whether this kernel takes these inputs.
+
+    It takes halves, as many channels of keys as of values, rows that begin at multiples of 16 channels (of other strides Triton doesn't
+    know that 16 bytes lie in one piece), and heads that fill more than half of the rows that a query has.
+    """
     if v is None or not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.bfloat16, torch.float16):
         return False
-    aligned = all(x.data_ptr() % 16 == 0 and not any(s % 8 for s, n in zip(x.stride()[:-1], x.shape) if n > 1) for x in (k, v))
-    return aligned and q.shape[3] == v_channels and v_channels in (64, 128) and 2 <= tile <= ROWS.value
+    aligned = all(x.data_ptr() % 16 == 0 and not any(stride % 16 for stride in x.stride()[:-1]) for x in (k, v))
+    full = q.shape[2] // k.shape[2] > ROWS.value // tile
+    return aligned and full and q.shape[3] == v_channels and v_channels in (64, 128) and 2 <= tile <= 32  # a bit a query
 
 
 def launch(

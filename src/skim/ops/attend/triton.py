@@ -1,4 +1,4 @@
-"""Attention over selected keys, and over all visible keys, on NVIDIA GPUs from sm_80 on: plans and launches of kernels.py."""
+"""Attention over selected keys, and over all visible keys, on NVIDIA GPUs from sm_80 on: plans and launches of kernels.py, and of hopper_union.py."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def select(
     workspace_mb: Optional[int] = None,
     impl: str = "auto",
 ) -> Union[Selection, tuple[Selection, Tensor]]:
-    """The `budget` best visible keys of each query, exactly, without ever holding T x S scores.
+    """The `budget` best visible keys of each query, exactly, in bounded memory.
 
     Order: score descending, then position descending: among equals the most recent token wins. -0.0 equals +0.0, NaN
     never wins. A row that sees no more than `budget` keys keeps them all. One implementation gives bitwise the same for any

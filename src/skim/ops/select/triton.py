@@ -1103,7 +1103,7 @@ def _select_few(
 
 
 def _top_k_in_parts(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb: int) -> tuple[Tensor, Tensor]:
-    """A few long rows, split over programs, or more candidates than one holds in registers."""
+    """Rows that are too few for a program each and too many or too short for `_select_few`, or have more candidates than one program holds."""
     rows, S = scores.shape
     tile = Tile(BN=2048, BQ=1, BJ=1, BE=16, HEADS=1, WARPS=4, stages=3)
     constants: dict[str, int | bool] = {"PADDED": False, "SCALED": False, "PAGE": 0, "UNIT": 1, "LOADED": True}
