@@ -40,7 +40,7 @@ SPILLS = [
     (r" (32/8|16/16) 128 attend", 64, "addresses in 64 bits beside what fills the registers"),
     (r"select of 2048 choose_kernel", 1024, "holds the candidates of a row in registers"),
     (r"top_k of 2048, \d+ rows choose(_row)?_kernel", 896, "holds the candidates of a row in registers"),
-    (r"select of 2048, one query choose_parts_kernel", 128, "a thousand threads have 64 registers each"),
+    (r" of 2048, .* choose_parts_kernel", 128, "a thousand threads have 64 registers each"),
     (r"select of 8192 with scores choose_kernel", 2048, "holds the candidates of a row in registers"),
     (r"sm_(80|120) .* unite$", 24, "the words of 32 queries, where the assembler stops at 80 or 128 registers"),
     (r"exhaustive_kernel", 64, "runs for rows only whose sample was of no use"),
