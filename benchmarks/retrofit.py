@@ -393,7 +393,7 @@ class Lab:
         for kind, loss in TRAININGS:
             files = [self.out / f"{search(kind, loss, rate)}.json" for rate in RATES]
             if all(file.exists() for file in files):
-                least[kind, loss] = json.loads((self.out / f"{search(kind, loss, self.best(kind, loss))}.json").read_text())["selection"]
+                least[kind, loss] = self.result(search(kind, loss, self.best(kind, loss)))["selection"]
         if (file := self.out / "untouched.json").exists():
             least["dense", "distill"] = json.loads(file.read_text())["selection"]
         cost = {loss: least["sparse", loss] - least["dense", loss] for loss in LOSSES if {("sparse", loss), ("dense", loss)} <= least.keys()}

@@ -314,7 +314,7 @@ def watched() -> Iterator[set[str]]:
 def run(cases: list[str]) -> None:
     """Launch the kernels of these cases, or of all, and print their names behind MARK."""
     torch.manual_seed(0)
-    without = dispatch._without_hopper(DEVICE.type, DEVICE.index)
+    without = not dispatch.gluon(DEVICE)
     with watched() as names:
         for case in CASES:
             if (cases and case.__name__ not in cases) or (case in (gluon_scores, gluon_attention) and without):

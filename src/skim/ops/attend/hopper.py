@@ -33,8 +33,8 @@ from skim.ops.attend.splits import best_splits, merge, parts_of
 from skim.ops.attend.union import tiles_of, unions
 from skim.ops.codec import LATENT_BLOCK
 from skim.ops.dispatch import processors
+from skim.ops.gluon import COPY, LINES, LOG2E, TILES, copy, lse_and_factor
 
-LOG2E = gl.constexpr(1.4426950408889634)
 ROWS, KEYS, STAGES = gl.constexpr(64), gl.constexpr(64), gl.constexpr(2)  # of a task; of a block; blocks in shared memory
 VALUES, ROPE = gl.constexpr(512), gl.constexpr(64)  # channels of the latent, which are the values too; those that may follow
 HALF = gl.constexpr(256)  # channels that a group of warps sums, and that a copy takes
@@ -46,8 +46,7 @@ REGISTERS_PACKED = 160, 136  # of `_right_half` and of `_unpack`
 UNION_MB = 256  # more makes nothing faster: a chunk fills the card
 PARTS_MB = 64  # of split walks; more would take longer to merge than splitting saves
 
-# Triton renamed both after 3.6.
-copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+# Triton renamed it after 3.6.
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))  # [ROWS, HALF]
@@ -58,11 +57,8 @@ WIDE = gl.constexpr(
         [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 256]
     )
 )
-COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 a row
 WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # 16 bytes a thread; what neighbours store of two rows lies in other banks
-LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-TILES = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-TILES_OF_WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))  # the same bytes
+TILES_OF_WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))  # the bytes of TILES
 
 # Of a word of four e4m3 codes and their scale: two words of two bfloat16 each, rounded once.
 DEQUANTISE = gl.constexpr("""{
@@ -407,12 +403,7 @@ def _scores(
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index(stage), count=1)
             block += 1
-        empty = total == 0
-        lse = gl.where(empty, float("-inf"), (largest + gl.log2(total)) / LOG2E)
-        factor = gl.where(empty, 0.0, 1 / total)
-        if HAS_SINK:
-            sink = gl.load(SINK + head, mask=ok, other=0.0).to(gl.float32)
-            factor = gl.where(empty, 0.0, factor / (1 + gl.exp2((sink - lse) * LOG2E)))
+        lse, factor = lse_and_factor(largest, total, SINK, head, ok, HAS_SINK)
         factors.store(factor)
         mbarrier.arrive(done, count=1)
         gl.store(LSE + into * T * H + t * H + head, lse, mask=ok)

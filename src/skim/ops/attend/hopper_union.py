@@ -20,19 +20,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from skim.ops.dispatch import processors
+from skim.ops.gluon import COPY, LINES, LOG2E, TILES, copy, lse_and_factor
 
-LOG2E = gl.constexpr(1.4426950408889634)
 ROWS, KEYS = gl.constexpr(64), gl.constexpr(64)  # of a group of warps; of a block
 STAGES = 6  # blocks in shared memory
 REGISTERS = 216, 72  # a thread of the second `_rows` and of `_gather`; the first takes what is left
 
-copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # Triton renamed it after 3.6
-
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # [ROWS, KEYS]
 QUERIES = gl.constexpr(gl.DotOperandLayout(0, SCORES, 2))  # [ROWS, D]
-COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 a row
-LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-TILES = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 
 
 @gluon.jit
@@ -143,12 +138,7 @@ def _rows(
             acc = warpgroup_mma(weight, values.index(before), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index(before), count=1)
-        empty = total == 0
-        lse = gl.where(empty, float("-inf"), (largest + gl.log2(total)) / LOG2E)
-        factor = gl.where(empty, 0.0, 1 / total)
-        if HAS_SINK:
-            sink = gl.load(SINK + head, mask=ok, other=0.0).to(gl.float32)
-            factor = gl.where(empty, 0.0, factor / (1 + gl.exp2((sink - lse) * LOG2E)))
+        lse, factor = lse_and_factor(largest, total, SINK, head, ok, HAS_SINK)
         ok = ok & (end >= 0)
         gl.store(LSE + (b * T + t) * H + head, lse, mask=ok)
         _store(OUT, acc, gl.convert_layout(factor, of_sums), b, first_query, g, end, T, HALF, H, D, G, BLOCK_H)

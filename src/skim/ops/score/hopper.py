@@ -24,6 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from skim.ops.dispatch import processors
+from skim.ops.gluon import LINES, copy
 from skim.ops.score.weights import head_weights
 
 ROWS = gl.constexpr(64)  # of a product
@@ -35,11 +36,7 @@ CHUNK = 8192  # keys of a task, at most
 BEGINNING = 160  # keys that a group could score while it begins a task
 REGISTERS = {256: (232, 40), 128: (216, 72)}  # a thread of the second `_score` and of `_load`; the first takes what is left
 
-# Triton renamed the copy after 3.6.
-copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 HIDDEN = gl.constexpr(gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0]))  # [BQ, KEYS], 16 bytes a thread
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from skim.ops.dispatch import implementation
 from skim.ops.score import hopper as score
 from skim.ops.score.pages import in_one_piece, length
+from skim.ops.select.lse import add_exponentials, finite, maximum_and_sum
 from skim.ops.workspace import chunks
 
 ROWS = 264  # queries at least, and a multiple of which are a chunk: whole waves of programs
@@ -64,15 +65,9 @@ def lse_kernel(SCORES, START, END, LSE, S, BLOCK: tl.constexpr):
     for origin in range(start // BLOCK * BLOCK, end, BLOCK):
         key = origin + tl.arange(0, BLOCK)
         scores = tl.load(SCORES + key, mask=(key >= start) & (key < end), other=float("-inf"))
-        larger = tl.maximum(largest, scores)
-        base = tl.where(tl.abs(larger) == float("inf"), 0.0, larger)
-        sums = sums * tl.exp(largest - base) + tl.exp(scores - base)
-        largest = larger
-    all_largest = tl.max(largest)
-    base = tl.where(tl.abs(all_largest) == float("inf"), 0.0, all_largest)
-    own = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
-    sums *= tl.exp(tl.where(largest == float("-inf"), 0.0, own - base))
-    tl.store(LSE + row, base + tl.log(tl.sum(sums)))
+        largest, sums = add_exponentials(largest, sums, scores)
+    maximum, total = maximum_and_sum(largest, sums)
+    tl.store(LSE + row, finite(maximum) + tl.log(total))
 
 
 def _choose(scores: Tensor, start: Tensor, end: Tensor, budget: int, keep_first: int, keep_recent: int, workspace_mb: int) -> tuple[Tensor, Tensor]:

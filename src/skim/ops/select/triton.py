@@ -25,6 +25,7 @@ from skim.ops.score import triton as score
 from skim.ops.score.pages import length
 from skim.ops.score.triton import INTERPRETED, PROGRAMS, Tile, keys_of, load_interval, load_queries, operands, score_tile, union
 from skim.ops.score.weights import head_weights
+from skim.ops.select.lse import add_exponentials, finite, maximum_and_sum
 
 PIECE = tl.constexpr(4)  # neighbouring scores in memory that are sampled together, in one load
 ROW_SAMPLE = 2048  # keys that a row of scores in memory is sampled at, at least
@@ -700,26 +701,13 @@ def part_candidates_kernel(
         append_row(VALUES, KEYS, tl.minimum(count, segment - BN) + before, scores, key, ranked, least, DIRECT)  # a full segment is of no use
         count += number
         if WITH_SCORES:
-            visible = tl.where(seen, scores, float("-inf"))
-            larger = tl.maximum(largest, visible)
-            base = tl.where(tl.abs(larger) == float("inf"), 0.0, larger)
-            sums = sums * tl.exp(largest - base) + tl.exp(visible - base)
-            largest = larger
+            largest, sums = add_exponentials(largest, sums, tl.where(seen, scores, float("-inf")))
         scores, key = ahead, key + BN
     tl.store(COUNTS + here, count)
     if WITH_SCORES:
         maximum, total = maximum_and_sum(tl.reshape(largest, [BN]), tl.reshape(sums, [BN]))
         tl.store(MAXIMA + here, maximum)
         tl.store(SUMS + here, total)
-
-
-@triton.jit
-def maximum_and_sum(maxima, sums):
-    """Of parts with these maxima and, less them, these sums of exponentials: the same of them all. Infinite maxima weren't taken off."""
-    maximum = tl.max(maxima)
-    base = tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
-    own = tl.where(tl.abs(maxima) == float("inf"), 0.0, maxima)
-    return maximum, tl.sum(sums * tl.exp(tl.where(maxima == float("-inf"), base, own) - base))
 
 
 @triton.jit
@@ -788,7 +776,7 @@ def choose_parts_kernel(
     if WITH_SCORES:
         maxima = tl.load(MAXIMA + row * parts + part, mask=part < parts, other=float("-inf"))
         maximum, total = maximum_and_sum(maxima, tl.load(SUMS + row * parts + part, mask=part < parts, other=0.0))
-        tl.store(LSE + row, tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum) + tl.log(total))
+        tl.store(LSE + row, finite(maximum) + tl.log(total))
     if (size <= budget) & (not WITH_SCORES):
         for origin in range(0, size, 1024):
             slot = origin + tl.arange(0, 1024)
