@@ -220,6 +220,20 @@ def search(result: Result) -> Table | None:
     return filled(["model", "loss", "learning rate", "nats a token, selection split", "tokens/s of training"], rows)
 
 
+def recipes(result: Result) -> Table | None:
+    """Other recipes of both stages, on the selection split."""
+    tried = result.get("recipes_on_the_selection_split", {"rows": []})["rows"]
+    budgets = [name for name in (tried[0] if tried else ()) if name.startswith("dsa@")]
+    rows = []
+    for one in tried:
+        changes = dict(one["changes"])
+        stage = {"warmup": "warm-up", "sparse": "both"}[changes.pop("stage")]
+        cells = [f"{percent(of['percent'])} ± {of['standard_error']:.2f}" for of in (one["dense"], *(one[name] for name in budgets))]
+        told = ", ".join(f"{name} {value}".replace("_", " ") for name, value in changes.items())
+        rows.append([stage, told or "as it is", *cells, share(one[budgets[0]]["kept_mass"])])
+    return filled(["stages", "changed", "dense", *(f"{name.removeprefix('dsa@')} keys" for name in budgets), "attention kept"], rows)
+
+
 TABLES: dict[str, Callable[..., Table | None]] = {
     "headline": headline,
     "stages": stages,
@@ -234,6 +248,7 @@ TABLES: dict[str, Callable[..., Table | None]] = {
     "agreement": agreement,
     "ablation": ablation,
     "search": search,
+    "recipes": recipes,
 }
 
 
