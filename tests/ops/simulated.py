@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -169,11 +170,19 @@ INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "cvt.rn.f16x2.e4m3x2": lambda x: torch.stack([code.half() for code in _split(x, torch.float8_e4m3fn)], -1).view(torch.int32).squeeze(-1),
     "cvt.f32.f16": lambda x: x.view(torch.float16).float(),
     "mul.f32": torch.mul,
+    "and.b32": torch.bitwise_and,
+    "setp.ne.b32": torch.ne,
+    "selp.f32": lambda yes, no, holds: torch.where(holds, yes, no),
     "cvt.rn.bf16x2.f32": lambda high, low: torch.stack((low, high), -1).bfloat16().view(torch.int32).squeeze(-1),
 }
 
 
-def _assemble(asm: str, constraints: str, args: list[Tensor], dtype: tuple[torch.dtype, ...], is_pure: bool, pack: int) -> tuple[Tensor, ...]:
+def _constant(text: str) -> Any:
+    """An integer, or the float32 of the bits behind 0f."""
+    return struct.unpack("!f", bytes.fromhex(text[2:]))[0] if text.startswith("0f") else int(text)
+
+
+def _assemble(asm: str, constraints: str, args: list[Tensor], dtype: Any, is_pure: bool, pack: int) -> Tensor | tuple[Tensor, ...]:
     """What lines of PTX make of each element of `args`."""
     assert is_pure and pack == 1
     outputs = constraints.count("=")
@@ -183,9 +192,10 @@ def _assemble(asm: str, constraints: str, args: list[Tensor], dtype: tuple[torch
         if name and name != ".reg":
             names = re.findall(r"[\w$]+", operands)
             into = len(names) - 1 if "{" in operands else 1
-            found = INSTRUCTIONS[name](*(registers[x] for x in names[into:] if into == 1 or x == names[-1]))
+            found = INSTRUCTIONS[name](*(registers[x] if x in registers else _constant(x) for x in names[into:] if into == 1 or x == names[-1]))
             registers.update(zip(names[:into], found if into > 1 else [found]))
-    return tuple(registers[f"${i}"] for i in range(outputs))
+    made = tuple(registers[f"${i}"] for i in range(outputs))
+    return made if outputs > 1 else made[0]
 
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:

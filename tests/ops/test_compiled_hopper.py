@@ -39,7 +39,7 @@ def test_attention_over_unions(tmp_path: Path) -> None:
     assert len(kernels) == 3
     for call, row in kernels.items():
         # In each of two groups of warps: scores of a block, 16 channels at a time; its values, 16 keys at a time, in the loop and behind it.
-        wanted = {"m64n64k16": 2 * (4 + 4 + 4)} if " 64 " in call else {"m64n64k16": 2 * 8, "m64n128k16": 2 * (4 + 4)}
+        wanted = {"m64n128k16": 2 * 4, "m64n64k16": 2 * (8 + 8)} if " 64 " in call else {"m64n128k16": 2 * (8 + 8 + 8)}
         assert row["products"] == wanted, call
         assert row["spilled"] == 0, call
         assert row["shared"] <= SHARED[90] << 10, call

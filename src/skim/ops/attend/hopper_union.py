@@ -2,10 +2,10 @@
 
 A task is a tile of neighbouring queries with the heads of one key head: 128 rows, which read the union of the queries' selections,
 a bit a query and key saying who reads it (see union.py). A program, one a processor, serves task after task. It walks the keys of
-each in blocks of 64, as many of them in shared memory as fit, with three groups of four warps:
+each in blocks of 128, three of them in shared memory, with three groups of four warps:
 
-- two of `_rows`, each with half of the queries: scores, probabilities, outputs. The queries stay in registers. The values of a
-  block are multiplied while the next block is scored and its probabilities are made, so that the matrix units always have work;
+- two of `_rows`, each with half of the queries: scores, probabilities, outputs. The values of a block and the scores of the next are
+  multiplied in one go, 1024 cycles; the other group makes its probabilities meanwhile, so that the matrix units always have work;
 - `_gather` copies the keys and values of the blocks ahead, 16 bytes at a time, zeros where there is none.
 
 The groups hand over through barriers in shared memory, as in hopper.py. Blocks are counted over all tasks of a program.
@@ -22,12 +22,20 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 from skim.ops.dispatch import processors
 from skim.ops.gluon import COPY, LINES, LOG2E, TILES, copy, lse_and_factor
 
-ROWS, KEYS = gl.constexpr(64), gl.constexpr(64)  # of a group of warps; of a block
-STAGES = 6  # blocks in shared memory
-REGISTERS = 216, 72  # a thread of the second `_rows` and of `_gather`; the first takes what is left
+ROWS, KEYS = gl.constexpr(64), gl.constexpr(128)  # of a group of warps; of a block
+STAGES = 3  # blocks in shared memory
+REGISTERS = 216, 80  # a thread of the second `_rows` and of `_gather`; the first takes what is left
 
-SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # [ROWS, KEYS]
-QUERIES = gl.constexpr(gl.DotOperandLayout(0, SCORES, 2))  # [ROWS, D]
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))  # [ROWS, KEYS]
+# The score where a bit of the key's readers is set, else -inf. Of `gl.where` LLVM keeps conditions that rows share, more than a thread has
+# predicates for, and the assembler packs and unpacks them: a fifth of the instructions.
+WHERE_READ = gl.constexpr("""{
+.reg .pred reads;
+.reg .b32 bit;
+and.b32 bit, $2, $3;
+setp.ne.b32 reads, bit, 0;
+selp.f32 $0, $1, 0fFF800000, reads;
+}""")
 
 
 @gluon.jit
@@ -86,7 +94,7 @@ def _row(first_query, g, T, HALF: gl.constexpr, H: gl.constexpr, G: gl.constexpr
 
 @gluon.jit
 def _rows(
-    Q, q_b, q_t, q_h, OUT, LSE, SINK, COUNTS, first, tasks, limit, T, scale, keys, values, readers, ready, free,
+    Q, q_b, q_t, q_h, OUT, LSE, SINK, COUNTS, first, tasks, limit, T, scale, keys, values, queries, readers, ready, free,
     H: gl.constexpr, D: gl.constexpr, G: gl.constexpr, R: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, STAGES: gl.constexpr,
     HAS_SINK: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
@@ -98,10 +106,11 @@ def _rows(
     block = 0
     for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
         b, first_query, g, _, end = _task(task, first, COUNTS, T, limit, G, R, TILE)
-        _, t, head, ok = _row(first_query, g, T, HALF, H, G, BLOCK_H, gl.SliceLayout(1, QUERIES))
-        channel = gl.arange(0, D, gl.SliceLayout(0, QUERIES))
+        _, t, head, ok = _row(first_query, g, T, HALF, H, G, BLOCK_H, gl.SliceLayout(1, COPY))
+        channel = gl.arange(0, D, gl.SliceLayout(0, COPY))
         source = gl.expand_dims(Q + b * q_b + t.to(gl.int64) * q_t + head.to(gl.int64) * q_h, 1) + gl.expand_dims(channel, 0)
-        q = gl.load(source, mask=gl.expand_dims(ok & (end > 0), 1), other=0.0)
+        q = queries.index(HALF)
+        q.store(gl.load(source, mask=gl.expand_dims(ok & (end > 0), 1), other=0.0))
         i, t, head, ok = _row(first_query, g, T, HALF, H, G, BLOCK_H, of_scores)
         reader = gl.expand_dims(1 << i, 1)
         largest = gl.full([ROWS], -1e30, gl.float32, of_scores)
@@ -114,26 +123,24 @@ def _rows(
         for at in range(0, end, KEYS):
             stage = block % STAGES
             fence_async_shared()
-            s = warpgroup_mma(q, keys.index(stage).permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, SCORES), use_acc=False, is_async=True)
             acc = warpgroup_mma(weight, values.index(before), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
+            s = warpgroup_mma(q, keys.index(stage).permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, SCORES), use_acc=False, is_async=True)
+            acc, weight, s = warpgroup_mma_wait(0, deps=[acc, weight, s])
+            if at > 0:
+                mbarrier.arrive(free.index(before), count=1)
             who = gl.expand_dims(readers.index(stage).load(gl.SliceLayout(0, SCORES)), 0)
-            s = gl.where((who & reader) != 0, s, float("-inf"))
+            s = gl.inline_asm_elementwise(WHERE_READ, "=f,f,r,r", [s, who, reader], dtype=gl.float32, is_pure=True, pack=1)
             larger = gl.maximum(largest, gl.max(s, 1) * scale)  # scale > 0
             p = gl.exp2(s * scale - gl.expand_dims(larger, 1))
             alpha = gl.exp2(largest - larger)
             total = total * alpha + gl.sum(p, 1)
             largest = larger
-            following = gl.convert_layout(p.to(q.dtype), of_weights)
-            block += 1
-            if at + KEYS < end:  # here, so that no compiler moves the next wait before the exponentials
-                mbarrier.wait(ready.index(block % STAGES), block // STAGES & 1)
-            acc, weight, following, alpha = warpgroup_mma_wait(0, deps=[acc, weight, following, alpha])
-            if at > 0:
-                mbarrier.arrive(free.index(before), count=1)
+            weight = gl.convert_layout(p.to(q.dtype), of_weights)
             acc = acc * gl.expand_dims(gl.convert_layout(alpha, of_sums), 1)
-            weight = following
             before = stage
+            block += 1
+            if at + KEYS < end:
+                mbarrier.wait(ready.index(block % STAGES), block // STAGES & 1)
         if end > 0:
             acc = warpgroup_mma(weight, values.index(before), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
@@ -141,24 +148,20 @@ def _rows(
         lse, factor = lse_and_factor(largest, total, SINK, head, ok, HAS_SINK)
         ok = ok & (end >= 0)
         gl.store(LSE + (b * T + t) * H + head, lse, mask=ok)
-        _store(OUT, acc, gl.convert_layout(factor, of_sums), b, first_query, g, end, T, HALF, H, D, G, BLOCK_H)
+        _store(OUT, q, acc, gl.convert_layout(factor, of_sums), b, first_query, g, end, T, HALF, H, D, G, BLOCK_H)
 
 
 @gluon.jit
 def _store(
-    OUT, acc, factor, b, first_query, g, end, T,
+    OUT, staging, acc, factor, b, first_query, g, end, T,
     HALF: gl.constexpr, H: gl.constexpr, D: gl.constexpr, G: gl.constexpr, BLOCK_H: gl.constexpr,
 ):  # fmt: skip
-    # A thread holds 8 neighbouring channels of a row instead of 2: what it stores is 16 bytes.
-    high: gl.constexpr = [[0, 32], [0, 64]] if D == 128 else [[0, 32]]
-    WIDE: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [8, 0]] + high, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, D]
-    )
     factor = gl.expand_dims(factor, 1)
     out = gl.where(factor == 0, 0.0, acc * factor)  # what neighbours read, even NaN, stays with them
-    _, t, head, ok = _row(first_query, g, T, HALF, H, G, BLOCK_H, gl.SliceLayout(1, WIDE))
-    into = OUT + gl.expand_dims(((b * T + t) * H + head) * D, 1) + gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, WIDE)), 0)
-    gl.store(into, gl.convert_layout(out.to(OUT.dtype.element_ty), WIDE), mask=gl.expand_dims(ok & (end >= 0), 1))
+    staging.store(out.to(OUT.dtype.element_ty))  # read again with 8 neighbouring channels a thread, which are 16 bytes
+    _, t, head, ok = _row(first_query, g, T, HALF, H, G, BLOCK_H, gl.SliceLayout(1, COPY))
+    into = OUT + gl.expand_dims(((b * T + t) * H + head) * D, 1) + gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, COPY)), 0)
+    gl.store(into, staging.load(COPY), mask=gl.expand_dims(ok & (end >= 0), 1))
 
 
 @gluon.jit
@@ -174,6 +177,7 @@ def forward_unions(
     dtype: gl.constexpr = Q.dtype.element_ty
     keys = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], TILES)
     values = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], TILES)
+    queries = gl.allocate_shared_memory(dtype, [2, ROWS, D], TILES)
     readers = gl.allocate_shared_memory(gl.int32, [STAGES, KEYS], LINES)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -183,11 +187,11 @@ def forward_unions(
     gl.warp_specialize(
         [
             (_rows, (
-                Q, q_b, q_t, q_h, OUT, LSE, SINK, COUNTS, first, tasks, limit, T, scale, keys, values, readers, ready, free,
+                Q, q_b, q_t, q_h, OUT, LSE, SINK, COUNTS, first, tasks, limit, T, scale, keys, values, queries, readers, ready, free,
                 H, D, G, R, TILE, BLOCK_H, STAGES, HAS_SINK, 0,
             )),
             (_rows, (
-                Q, q_b, q_t, q_h, OUT, LSE, SINK, COUNTS, first, tasks, limit, T, scale, keys, values, readers, ready, free,
+                Q, q_b, q_t, q_h, OUT, LSE, SINK, COUNTS, first, tasks, limit, T, scale, keys, values, queries, readers, ready, free,
                 H, D, G, R, TILE, BLOCK_H, STAGES, HAS_SINK, 1,
             )),
             (_gather, (
