@@ -52,10 +52,10 @@ def test_every_kernel_is_launched():
     assert len(launched) > 20
 
 
-LAUNCHED = "launched: attend.kernels.forward select.triton.choose_kernel\n"
+LAUNCHED = "launched: attend.kernels.forward select.kernels.choose_kernel\n"
 RACE = """========= COMPUTE-SANITIZER
-========= Error: Race reported between Write access at choose_kernel+0x2c0 in triton.py:340
-=========     and Read access at choose_kernel+0x3c0 in triton.py:342 [16 hazards]
+========= Error: Race reported between Write access at choose_kernel+0x2c0 in kernels.py:340
+=========     and Read access at choose_kernel+0x3c0 in kernels.py:342 [16 hazards]
 =========
 """
 READ = """========= Invalid __global__ read of size 4 bytes

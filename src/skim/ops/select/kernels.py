@@ -1,0 +1,817 @@
+"""Exact top-k of index scores as Triton kernels; triton.py beside this file launches them.
+
+A sample of a row's scores gives a threshold that its k best keys are above with room to spare; what is above it, a few
+thousand candidates, is kept while the scores are made; the k best of these are the k best of all. That this holds is
+checked, not hoped for: a row with too few or too many candidates is flagged, and done again from all of its scores.
+
+Keys are ordered by (rank, position), rank an int32 that grows with the score. Candidates are all the keys of a row from
+some point of this order on, so ties need no second path: a plateau of equal scores is cut at a position. Segments hold
+candidates in the order of their positions.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skim.ops.score.triton import keys_of, load_interval, load_queries, score_tile, union
+from skim.ops.select.lse import add_exponentials, finite, maximum_and_sum
+
+PIECE = tl.constexpr(4)  # neighbouring scores in memory that are sampled together, in one load
+FINITE = tl.constexpr(3.4028234663852886e38)
+RANK_KEPT = tl.constexpr(0x7F800000)  # of keys kept whatever they score: that of +inf
+RANK_FINITE = tl.constexpr(0x7F7FFFFF)  # of the largest finite score, and of +inf; that of -inf is -RANK_FINITE - 1
+RANK_NAN = tl.constexpr(-0x7F800001)
+LOWEST = tl.constexpr(-0x80000000)
+
+
+@triton.jit
+def rank_alone(scores):
+    """`rank_of` where no key is kept anyway."""
+    clamped = tl.minimum(tl.maximum(tl.where(scores == 0, 0.0, scores), -FINITE), FINITE)
+    bits = clamped.to(tl.int32, bitcast=True)
+    return tl.where(scores == scores, bits ^ ((bits >> 31) & 0x7FFFFFFF), RANK_NAN)
+
+
+@triton.jit
+def rank_of(scores, key, start, end, keep_first, keep_recent):
+    """int32 that orders visible keys as (kept anyway, score descending, NaN) does; -0.0 as +0.0, infinite as largest finite."""
+    return tl.where((key - start < keep_first) | (key >= end - keep_recent), RANK_KEPT, rank_alone(scores))
+
+
+@triton.jit
+def score_at(rank):
+    """The float32 of a rank, and back: the mapping is its own inverse."""
+    return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def next_score(scores):
+    """The next larger float32; 0.0 counts as positive."""
+    bits = scores.to(tl.int32, bitcast=True)
+    return score_at((bits ^ ((bits >> 31) & 0x7FFFFFFF)) + 1)
+
+
+@triton.jit
+def greatest(values, wanted, most, low, high):
+    """A v in [low, high) that `wanted` to `most` of the int32 values reach, if any v has so many; else the greatest that `wanted` reach.
+
+    At least `wanted` values reach low, and none reaches high.
+    """
+    while low + 1 < high:
+        middle = (low & high) + ((low ^ high) >> 1)
+        count = tl.sum((values >= middle).to(tl.int32))
+        low = tl.where(count >= wanted, middle, low)
+        high = tl.where(count > most, high, tl.where(count >= wanted, middle + 1, middle))
+    return low
+
+
+@triton.jit
+def sampled_key(stratum, stride):
+    """The key that is sampled of the keys stratum * stride, ...: any, so that no period of the keys meets the sample's."""
+    x = stratum.to(tl.uint32) * 0x9E3779B1
+    x = (x ^ (x >> 15)) * 0x85EBCA77
+    x ^= x >> 13
+    return stratum * stride + (x % stride.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def scores_of(
+    q, w, Q, W, K, K_SCALE, TABLE, key, real, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
+    BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr,
+):  # fmt: skip
+    """Scores `[BN, BQ]`: made, or, where LOADED, read from Q `[T, S]`."""
+    if LOADED:
+        t = t0 + tl.arange(0, BQ)
+        return tl.load(Q + (t.to(tl.int64) * stride_qt)[None, :] + key[:, None], mask=real[:, None] & (t < T)[None, :], other=0.0)
+    else:
+        return score_tile(
+            q, w, Q, W, K, K_SCALE, TABLE, key, real, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
+            BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT,
+        )  # fmt: skip
+
+
+@triton.jit
+def first_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, LOADED: tl.constexpr):
+    if LOADED:
+        return 0.0, 0.0
+    else:
+        return load_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, 0, BQ, BJ, BE)
+
+
+@triton.jit(do_not_specialize=["tile0", "row0", "stride"])
+def sample_kernel(
+    Q, W, K, K_SCALE, TABLE, START, END, RANKS, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss,
+    tile0, row0, T, S, J, E, keep_first, keep_recent, capacity, stride, share,
+    BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """RANKS `[rows, BM]` of the sampled keys; those that a row doesn't see are left as they were. Grid: query tiles, shares of the sample."""
+    tiles = tl.cdiv(T, BQ)
+    tile = tile0 + tl.program_id(0)
+    b, t0 = tile // tiles, tile % tiles * BQ
+    t, n = t0 + tl.arange(0, BQ), tl.arange(0, BN)
+    start, end = load_interval(START, END, b, t, T, S)
+    low, high = union(start, end, end - start > capacity, S)
+    first = tl.maximum(low // stride // BN * BN, tl.program_id(1) * share)
+    last = tl.minimum(tl.cdiv(high, stride), (tl.program_id(1) + 1) * share)
+    Q, W = Q + b.to(tl.int64) * stride_qb, W + b.to(tl.int64) * T * J
+    K, K_SCALE, TABLE = keys_of(K, K_SCALE, TABLE, b, stride_kb, stride_sb, S, PAGE, UNIT)
+    out = RANKS + (b.to(tl.int64) * T + t - row0)[None, :] * BM
+    q, w = first_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, BQ, BJ, BE, LOADED)
+    for origin in tl.range(first, last, BN, num_stages=STAGES):
+        stratum = origin + n
+        key = sampled_key(stratum, stride)
+        scores = scores_of(
+            q, w, Q, W, K, K_SCALE, TABLE, key, key < high, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
+            BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT, LOADED,
+        )  # fmt: skip
+        rank = rank_of(scores, key[:, None], start[None, :], end[None, :], keep_first, keep_recent)
+        tl.store(out + stratum[:, None], rank, mask=(key[:, None] >= start[None, :]) & (key[:, None] < end[None, :]))
+
+
+@triton.jit
+def point_of(rank, key, wanted, most, low, start, end, position):
+    """The point of the order, (rank, position), that `wanted` to `most` of a sample reach; `position` where no plateau is cut."""
+    point = greatest(rank, wanted, most, low, tl.max(rank) + 1)
+    above, equal = tl.sum((rank > point).to(tl.int32)), tl.sum((rank == point).to(tl.int32))
+    if (above + equal > most) & (point > -RANK_FINITE - 1) & (point < RANK_FINITE):  # a plateau, cut at a position
+        position = greatest(tl.where(rank == point, key, -1), wanted - above, most - above, start, end)
+    return tl.minimum(tl.maximum(point, -RANK_FINITE - 1), RANK_FINITE), position
+
+
+@triton.jit(do_not_specialize=["row0", "stride"])
+def threshold_kernel(RANKS, START, END, SCORE, POSITION, row0, S, budget, capacity, stride, BM: tl.constexpr):
+    """The point of the order from which on keys are candidates: the score and the position of about the right sampled key."""
+    row = tl.program_id(0)
+    start, end = tl.maximum(tl.load(START + row0 + row), 0), tl.minimum(tl.load(END + row0 + row), S)
+    point, position = tl.full([], -RANK_FINITE - 1, tl.int32), tl.full([], LOWEST, tl.int32)  # everything
+    if end - start > capacity:
+        stratum = tl.arange(0, BM)
+        key = sampled_key(stratum, stride)
+        seen = (key >= start) & (key < end)
+        rank = tl.load(RANKS + row.to(tl.int64) * BM + stratum, mask=seen, other=LOWEST)
+        # As many of the sample are expected among the k best; five standard deviations more are hardly ever.
+        expected = budget * (tl.sum(seen.to(tl.int32)) / (end - start).to(tl.float32))
+        wanted = tl.ceil(expected + 5 * tl.sqrt(expected) + 4).to(tl.int32)
+        most = wanted + wanted // 16  # the search may stop early
+        if wanted <= tl.sum(seen.to(tl.int32)):
+            point, position = point_of(rank, key, wanted, most, tl.min(tl.where(seen, rank, RANK_KEPT)), start, end, position)
+    tl.store(SCORE + row, score_at(point))
+    tl.store(POSITION + row, position)
+
+
+@triton.jit
+def append(entries, slot, entry, mask, DIRECT: tl.constexpr):
+    """Stores int64 `[BN, BQ]` in the slots behind the pointers `[BQ]`.
+
+    DIRECT leaves them with the threads that have them; tl.store would pass them round so that neighbours are written at once, and none are.
+    """
+    if DIRECT:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b64 a; setp.ne.s32 p, $4, 0; mad.wide.s32 a, $2, 8, $1; @p st.global.b64 [a], $3; mov.u32 $0, 0; }",
+            "=r,l,r,l,r",
+            [entries.to(tl.int64, bitcast=True)[None, :], slot, entry, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(entries[None, :] + slot, entry, mask=mask)
+
+
+@triton.jit
+def rows_of_keys(BN: tl.constexpr, WARPS: tl.constexpr):
+    """Which of BN neighbouring keys stands in each row of a tile, `[BN]`.
+
+    Matrix units give a thread the rows r, r + 8, r + 64, r + 72. In this order those are neighbouring keys, and those of a
+    warp are 32 neighbouring keys: so most of a scan along the keys happens inside a thread.
+    """
+    REST: tl.constexpr = BN // (16 * WARPS)
+    row = tl.arange(0, BN)
+    return row // 16 % WARPS * (16 * REST) + row % 8 * (2 * REST) + row // (16 * WARPS) * 2 + row // 8 % 2
+
+
+@triton.jit
+def before_and_total(chosen, BN: tl.constexpr, BQ: tl.constexpr, WARPS: tl.constexpr):
+    """How many keys before each key are chosen, `[BN, BQ]`, and how many are at all, `[BQ]`; keys stand as in `rows_of_keys`, BQ <= 16.
+
+    Up to four counts, of at most 128 each, share an integer.
+    """
+    REST: tl.constexpr = BN // (16 * WARPS)
+    NEAR: tl.constexpr = min(4, BQ)
+    shift = tl.arange(0, BQ // NEAR) * 8
+    packed = tl.sum(tl.reshape(chosen, [BN, BQ // NEAR, NEAR]) << shift[None, :, None], 1)
+    packed = tl.permute(tl.reshape(packed, [REST, WARPS, 2, 8, NEAR]), [1, 3, 4, 0, 2])
+    first, last = tl.split(tl.reshape(packed, [WARPS * 8, NEAR, REST, 2]))
+    pair, second = first + last, tl.arange(0, 2)
+    if REST == 2:
+        early, late = tl.split(pair)
+        group, inside = early + late, early[:, :, None] * second[None, None, :]
+    else:
+        group, inside = tl.reshape(pair, [WARPS * 8, NEAR]), tl.zeros_like(pair)
+    inside += (tl.cumsum(group, 0) - group)[:, :, None]
+    before = inside[:, :, :, None] + first[:, :, :, None] * second[None, None, None, :]
+    before = tl.permute(tl.reshape(before, [WARPS, 8, NEAR, REST, 2]), [3, 0, 4, 1, 2])
+    before = (tl.reshape(before, [BN, 1, NEAR]) >> shift[None, :, None]) & 0xFF
+    total = (tl.sum(group, 0)[None, :] >> shift[:, None]) & 0xFF
+    return tl.reshape(before, [BN, BQ]), tl.reshape(total, [BQ])
+
+
+@triton.jit(do_not_specialize=["tile0", "row0"])
+def candidates_kernel(
+    Q, W, K, K_SCALE, TABLE, START, END, SCORE, POSITION, ENTRIES, COUNTS, MAXIMA, SUMS,
+    stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss,
+    tile0, row0, T, S, J, E, budget, keep_first, keep_recent, split, segment,
+    BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr, SAMPLED: tl.constexpr, DIRECT: tl.constexpr, ROW_WARPS: tl.constexpr,
+    KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Appends what is above the thresholds to ENTRIES `[rows, splits, segment]`, (score's bits, position) as int64, and counts it in COUNTS
+    `[rows, splits]`, which may exceed what is stored. With scores also the maximum and the sum of the exponentials of each split. Grid: query
+    tiles, the last first (where visibility is causal it is the longest), and splits of the keys.
+    """
+    tiles = tl.cdiv(T, BQ)
+    tile = tile0 + tl.num_programs(0) - 1 - tl.program_id(0)
+    b, t0 = tile // tiles, tile % tiles * BQ
+    t, n = t0 + tl.arange(0, BQ), tl.arange(0, BN)
+    start, end = load_interval(START, END, b, t, T, S)
+    if not WITH_SCORES:  # a row that keeps all it sees needs no scores
+        short = end - start <= budget
+        start, end = tl.where(short, 0, start), tl.where(short, 0, end)
+    sees = end > start
+    low, high = union(start, end, sees, S)
+    low, high = tl.maximum(low // BN * BN, tl.program_id(1) * split), tl.minimum(high, (tl.program_id(1) + 1) * split)
+    Q, W = Q + b.to(tl.int64) * stride_qb, W + b.to(tl.int64) * T * J
+    K, K_SCALE, TABLE = keys_of(K, K_SCALE, TABLE, b, stride_kb, stride_sb, S, PAGE, UNIT)
+    row = b.to(tl.int64) * T + t - row0
+    if SAMPLED:
+        point, position = tl.load(SCORE + row, mask=t < T, other=0.0), tl.load(POSITION + row, mask=t < T, other=0)
+    else:
+        point, position = tl.full([BQ], -FINITE, tl.float32), tl.full([BQ], LOWEST, tl.int32)
+    position = position // BN * BN  # so that one comparison does: with `point` itself from this position on, with the next score before it
+    point, above = tl.where(sees, point, float("nan")), tl.where(sees, next_score(point), float("nan"))  # nothing reaches NaN
+    inner_low, inner_high = tl.max(tl.where(sees, start + keep_first, 0)), tl.min(tl.where(sees, end - keep_recent, S))  # seen by all
+    entries = ENTRIES + (row * tl.num_programs(1) + tl.program_id(1)) * segment
+    count = tl.zeros([BQ], tl.int32)
+    maximum, total = tl.full([BQ], float("-inf"), tl.float32), tl.zeros([BQ], tl.float32)
+    q, w = first_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, BQ, BJ, BE, LOADED)
+    for origin in tl.range(low, high, BN, num_stages=STAGES):
+        origin = tl.multiple_of(origin, BN)
+        key = origin + (n if LOADED else rows_of_keys(BN, ROW_WARPS))
+        real = key < (S if LOADED else high)
+        scores = scores_of(
+            q, w, Q, W, K, K_SCALE, TABLE, key, real, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
+            BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT, LOADED,
+        )  # fmt: skip
+        key = key[:, None]
+        ranked = tl.maximum(scores, -FINITE)  # NaN too
+        if (origin < inner_low) | (origin + BN > inner_high):
+            seen = (key >= start[None, :]) & (key < end[None, :])
+            if KEEP:
+                ranked = with_kept(ranked, key, start[None, :], end[None, :], keep_first, keep_recent)
+            ranked = tl.where(seen, ranked, float("-inf"))
+        chosen = ranked >= tl.where(origin >= position, point, above)[None, :]
+        if LOADED:
+            before, more = tl.cumsum(chosen.to(tl.int32), 0) - 1, tl.sum(chosen.to(tl.int32), 0)
+        else:
+            before, more = before_and_total(chosen.to(tl.int32), BN, BQ, ROW_WARPS)
+        entry = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | key
+        append(entries + tl.minimum(count, segment - BN), before, entry, chosen, DIRECT)  # a segment that is full is of no use
+        count += more
+        if WITH_SCORES:
+            visible = tl.where((key >= start[None, :]) & (key < end[None, :]), scores, float("-inf"))
+            larger = tl.maximum(maximum, tl.max(visible, 0))
+            base = tl.where(tl.abs(larger) == float("inf"), 0.0, larger)
+            total = total * tl.exp(maximum - base) + tl.sum(tl.exp(visible - base[None, :]), 0)
+            maximum = larger
+    place = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(COUNTS + place, count, mask=t < T)
+    if WITH_SCORES:
+        tl.store(MAXIMA + place, maximum, mask=t < T)
+        tl.store(SUMS + place, total, mask=t < T)
+
+
+@triton.jit
+def choose(
+    ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, total, keep_first, keep_recent, splits, segment,
+    BC: tl.constexpr, WITH_SCORES: tl.constexpr,
+):  # fmt: skip
+    """The `wanted` best of `total` candidates of one row, at most BC, to INDICES and CHOSEN."""
+    slot = tl.arange(0, BC)
+    part, begin, reached = tl.zeros([BC], tl.int32), tl.zeros([BC], tl.int32), 0
+    for j in range(splits - 1):
+        reached += tl.load(COUNTS + j)
+        part += (slot >= reached).to(tl.int32)
+        begin = tl.where(slot >= reached, reached, begin)
+    entry = tl.load(ENTRIES + part.to(tl.int64) * segment + (slot - begin), mask=slot < total, other=0)
+    key, scores = entry.to(tl.int32), (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    rank = tl.where(slot < total, rank_of(scores, key, start, end, keep_first, keep_recent), LOWEST)
+    low = tl.min(tl.where(slot < total, rank, RANK_KEPT))
+    point = greatest(rank, wanted, wanted, low, tl.max(rank) + 1)
+    above, equal = (rank > point).to(tl.int32), (rank == point).to(tl.int32)
+    spare = tl.sum(above) + tl.sum(equal) - wanted
+    if spare > 0:  # the oldest of those at the threshold go
+        equal = tl.where(tl.cumsum(equal, 0) > spare, equal, 0)
+    kept = above + equal
+    place = tl.cumsum(kept, 0) - 1
+    tl.store(INDICES + place, key, mask=kept != 0)
+    if WITH_SCORES:
+        tl.store(CHOSEN + place, scores, mask=kept != 0)
+
+
+@triton.jit
+def pad(INDICES, CHOSEN, first, budget, WITH_SCORES: tl.constexpr):
+    """-1 (and -inf) from slot `first` on."""
+    for origin in range(first, budget, 1024):
+        slot = origin + tl.arange(0, 1024)
+        tl.store(INDICES + slot, -1, mask=slot < budget)
+        if WITH_SCORES:
+            tl.store(CHOSEN + slot, float("-inf"), mask=slot < budget)
+
+
+@triton.jit(do_not_specialize=["row0"])
+def choose_kernel(
+    ENTRIES, COUNTS, MAXIMA, SUMS, START, END, INDICES, SIZES, CHOSEN, LSE, FLAGS, row0, S, budget, keep_first, keep_recent, splits, segment,
+    BC: tl.constexpr, WITH_SCORES: tl.constexpr,
+):  # fmt: skip
+    """A row's selection from its candidates, or a flag where they aren't all there. Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    out = row0 + row
+    start, end = tl.maximum(tl.load(START + out), 0), tl.minimum(tl.load(END + out), S)
+    size = tl.maximum(end - start, 0)
+    wanted = tl.minimum(size, budget)
+    ENTRIES, COUNTS, INDICES, CHOSEN = ENTRIES + row * splits * segment, COUNTS + row * splits, INDICES + out * budget, CHOSEN + out * budget
+    tl.store(SIZES + out, wanted)
+    pad(INDICES, CHOSEN, wanted, budget, WITH_SCORES)
+    flag = 0
+    if WITH_SCORES:
+        largest = float("-inf")
+        for j in range(splits):
+            largest = tl.maximum(largest, tl.load(MAXIMA + row * splits + j))
+        base = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+        sums = 0.0
+        for j in range(splits):
+            maximum = tl.load(MAXIMA + row * splits + j)
+            own = tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+            sums += tl.load(SUMS + row * splits + j) * tl.exp(tl.where(maximum == float("-inf"), base, own) - base)
+        tl.store(LSE + out, base + tl.log(sums))
+    if (size <= budget) & (not WITH_SCORES):
+        for origin in range(0, size, 1024):
+            slot = origin + tl.arange(0, 1024)
+            tl.store(INDICES + slot, start + slot, mask=slot < size)
+    elif size > 0:
+        total = 0
+        for j in range(splits):
+            total += tl.load(COUNTS + j)
+        if (total < wanted) | (total > BC):
+            flag = 1
+        elif total <= BC // 2:
+            choose(
+                ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, total, keep_first, keep_recent, splits, segment, BC // 2, WITH_SCORES
+            )  # fmt: skip
+        else:
+            choose(ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, total, keep_first, keep_recent, splits, segment, BC, WITH_SCORES)
+    tl.store(FLAGS + row, flag)
+
+
+@triton.jit
+def count_reaching(SCORES, start, end, keep_first, keep_recent, point, BS: tl.constexpr):
+    """How many keys of a row have a rank of at least `point`."""
+    count = tl.zeros([BS], tl.int32)
+    for origin in range(start, end, BS):
+        key = origin + tl.arange(0, BS)
+        rank = rank_of(tl.load(SCORES + key, mask=key < end, other=0.0), key, start, end, keep_first, keep_recent)
+        count += ((rank >= point) & (key < end)).to(tl.int32)
+    return tl.sum(count)
+
+
+@triton.jit
+def choose_of_all(SCORES, INDICES, CHOSEN, start, end, wanted, keep_first, keep_recent, BS: tl.constexpr, WITH_SCORES: tl.constexpr):
+    """The `wanted` best keys of one row of scores in memory, exactly, by bisection over the ranks: some 32 passes."""
+    point, high = tl.full([], RANK_NAN, tl.int32), tl.full([], RANK_KEPT + 1, tl.int32)
+    while point + 1 < high:
+        middle = (point & high) + ((point ^ high) >> 1)
+        enough = count_reaching(SCORES, start, end, keep_first, keep_recent, middle, BS) >= wanted
+        point, high = tl.where(enough, middle, point), tl.where(enough, high, middle)
+    spare = count_reaching(SCORES, start, end, keep_first, keep_recent, point, BS) - wanted  # the oldest of those at the threshold
+    place, equals = 0, 0
+    for origin in range(start, end, BS):
+        key = origin + tl.arange(0, BS)
+        scores = tl.load(SCORES + key, mask=key < end, other=0.0)
+        rank = tl.where(key < end, rank_of(scores, key, start, end, keep_first, keep_recent), LOWEST)
+        equal = (rank == point).to(tl.int32)
+        kept = (rank > point).to(tl.int32) + tl.where(equals + tl.cumsum(equal, 0) > spare, equal, 0)
+        slot = place + tl.cumsum(kept, 0) - 1
+        tl.store(INDICES + slot, key, mask=kept != 0)
+        if WITH_SCORES:
+            tl.store(CHOSEN + slot, scores, mask=kept != 0)
+        place += tl.sum(kept)
+        equals += tl.sum(equal)
+
+
+@triton.jit
+def before_each(chosen, W: tl.constexpr, R: tl.constexpr):
+    """How many keys of its warp before each key are chosen, `[W, R, 128]`, and how many at all, `[W, 32]`, the same in a warp's threads.
+
+    A thread has R times four neighbouring keys. The counts of up to four of those share an integer, so that they need one scan.
+    """
+    NEAR: tl.constexpr = min(4, R)
+    FAR: tl.constexpr = R // NEAR
+    shift, two = tl.arange(0, NEAR) * 8, tl.arange(0, 2)
+    packed = tl.sum(tl.reshape(chosen, [W, FAR, NEAR, 32, 4]) << shift[None, None, :, None, None], 2)
+    even, odd = tl.split(tl.reshape(packed, [W, FAR, 32, 2, 2]))
+    early, late = tl.split(even + odd)
+    thread = tl.permute(early + late, [1, 0, 2])
+    inside = tl.permute(tl.cumsum(thread, 2) - thread, [1, 0, 2])[:, :, :, None, None]
+    inside += early[:, :, :, None, None] * two[:, None] + even[:, :, :, :, None] * two
+    inside = tl.reshape((inside[:, :, None] >> shift[None, None, :, None, None, None]) & 0xFF, [W, R, 32, 4])
+    rows = tl.broadcast_to(tl.sum(thread, 2, keep_dims=True), [FAR, W, 32])
+    rows = tl.reshape((rows[:, None] >> shift[None, :, None, None]) & 0xFF, [R, W, 32])
+    row = tl.arange(0, R)
+    first = tl.sum(tl.where((row[None, :] < row[:, None])[:, :, None, None], rows[None], 0), 1)
+    return tl.reshape(inside + tl.permute(first, [1, 0, 2])[:, :, :, None], [W, R, 128]), tl.sum(rows, 0)
+
+
+@triton.jit
+def in_order(W: tl.constexpr, R: tl.constexpr, stride):
+    """The keys as `before_each` has them, `[W, R, 128]`; those of a warp begin `stride` behind those of the one before."""
+    return (tl.arange(0, W) * stride)[:, None, None] + (tl.arange(0, R) * 128)[None, :, None] + tl.arange(0, 128)[None, None, :]
+
+
+@triton.jit
+def of_quads(x, W: tl.constexpr, R: tl.constexpr):
+    """`[R, W, 32]` as `[W, R, 128]`."""
+    return tl.reshape(tl.broadcast_to(tl.permute(x, [1, 0, 2])[:, :, :, None], [W, R, 32, 4]), [W, R, 128])
+
+
+@triton.jit
+def of_threads(x, W: tl.constexpr):
+    """`[W, 32]` as `[W, 1, 128]`."""
+    return tl.reshape(tl.broadcast_to(x[:, :, None], [W, 32, 4]), [W, 1, 128])
+
+
+@triton.jit
+def with_kept(scores, key, start, end, keep_first, keep_recent):
+    """Scores, infinite where keys are kept whatever they score."""
+    return tl.where((key - start < keep_first) | (key >= end - keep_recent), float("inf"), scores)
+
+
+@triton.jit
+def threshold_of(SCORES, start, end, S, budget, keep_first, keep_recent, stride, BM: tl.constexpr, KEEP: tl.constexpr):
+    """From which point of the order on keys of a row are candidates: (rank, position), as in `threshold_kernel`."""
+    key = (sampled_key(tl.arange(0, BM // PIECE), stride) * PIECE)[:, None] + tl.arange(0, PIECE)
+    scores = tl.load(SCORES + key, mask=key < S, other=0.0)
+    if KEEP:
+        scores = with_kept(scores, key, start, end, keep_first, keep_recent)
+    seen = (key >= start) & (key < end)
+    rank = tl.where(seen, rank_alone(scores), LOWEST)
+    number = tl.sum(seen.to(tl.int32))
+    expected = budget * (number / (end - start).to(tl.float32))
+    # Four standard deviations more where neighbours are all alike, and eleven where they have nothing to do with each other.
+    wanted = tl.ceil(expected + 4 * tl.sqrt(expected * PIECE) + 4).to(tl.int32)
+    most = wanted + wanted // 16
+    point, position = tl.full([], -RANK_FINITE - 1, tl.int32), start  # everything
+    if wanted <= number:
+        point, position = point_of(rank, key, wanted, most, tl.full([], RANK_NAN, tl.int32), start, end, position)
+    return point, position
+
+
+@triton.jit
+def collect(
+    SCORES, VALUES, KEYS, COUNTS, start, end, lowest, position, part, segment, S, W: tl.constexpr, DIRECT: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
+    """Each warp appends the candidates of its part of the keys to its segment of VALUES and KEYS; COUNTS `[W]` may exceed what is stored."""
+    warp = tl.arange(0, W)[:, None]
+    above = next_score(lowest)
+    count = tl.broadcast_to(warp * segment, [W, 32])
+    room = of_threads(count, W) + segment - 512
+    low, offset = start // 512 * 512, in_order(W, 4, part)
+    for origin in tl.range(low, low + part, 512, num_stages=STAGES):
+        key = tl.multiple_of(origin, 512) + offset
+        scores = tl.load(SCORES + key, mask=key < S, other=0.0)
+        ranked = tl.maximum(scores, -FINITE)  # NaN too
+        if (origin < start) | (origin + (W - 1) * part + 512 > end):
+            ranked = tl.where((key >= start) & (key < end), ranked, float("-inf"))
+        least = tl.where(origin + warp[:, :, None] * part >= position, lowest, above)
+        before, more = before_each((ranked >= least).to(tl.int32), W, 4)
+        slot = tl.minimum(of_threads(count, W), room) + before  # what has no room is of no use
+        append_row(VALUES, KEYS, slot, scores, key, ranked, least, DIRECT)
+        count += more
+    tl.store(COUNTS + tl.broadcast_to(warp, [W, 32]), count - warp * segment)
+
+
+@triton.jit
+def append_row(VALUES, KEYS, slot, scores, key, ranked, least, DIRECT: tl.constexpr):
+    """Stores scores and keys where ranked >= least; DIRECT leaves them with the threads that have them, as in `append`."""
+    if DIRECT:
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b64 a; setp.ge.f32 p, $6, $7; mad.wide.u32 a, $3, 4, $1; @p st.global.b32 [a], $4;
+            mad.wide.u32 a, $3, 4, $2; @p st.global.b32 [a], $5; mov.u32 $0, 0; }""",
+            "=r,l,l,r,r,r,r,r",
+            [VALUES.to(tl.int64, bitcast=True), KEYS.to(tl.int64, bitcast=True), slot, scores, key, ranked, least],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(VALUES + slot, scores, mask=ranked >= least)
+        tl.store(KEYS + slot, key, mask=ranked >= least)
+
+
+@triton.jit
+def put(out, slot, values, mask, DIRECT: tl.constexpr):
+    """tl.store of int32; DIRECT leaves values with the threads that have them."""
+    if DIRECT:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b64 a; setp.ne.s32 p, $4, 0; mad.wide.u32 a, $2, 4, $1; @p st.global.b32 [a], $3; mov.u32 $0, 0; }",
+            "=r,l,r,r,r",
+            [out.to(tl.int64, bitcast=True), slot, values, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(out + slot, values, mask=mask)
+
+
+@triton.jit
+def keep_best(
+    SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment,
+    W: tl.constexpr, BC: tl.constexpr, SEGMENTS: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """The `wanted` best of a row's candidates in SEGMENTS, or, where there are none, of all its scores; at most BC, of which gaps take some."""
+    R: tl.constexpr = BC // (W * 128)
+    if SEGMENTS == 0:
+        place = start // 16 * 16 + in_order(W, R, BC // W)
+        real = (place >= start) & (place < end)
+        scores = tl.load(SCORES + place, mask=place < end, other=0.0)
+    else:
+        slot = in_order(W, R, BC // W)
+        quad = (tl.arange(0, W) * (R * 32))[None, :, None] + (tl.arange(0, R) * 32)[:, None, None] + tl.arange(0, 32)[None, None, :]
+        gap, left, reached = tl.zeros_like(quad), tl.load(COUNTS) - 4 * quad, 0
+        for j in tl.static_range(1, SEGMENTS):
+            quads = tl.cdiv(tl.load(COUNTS + j - 1), 4)
+            reached += quads
+            gap += tl.where(quad >= reached, segment - 4 * quads, 0)
+            left = tl.where(quad >= reached, tl.load(COUNTS + j) - 4 * (quad - reached), left)
+        place = tl.max_contiguous(tl.multiple_of(slot + of_quads(gap, W, R), [1, 1, 4]), [1, 1, 4])
+        real = slot % 4 < of_quads(left, W, R)
+        scores = tl.load(VALUES + place, mask=real, other=0.0)
+    rank = tl.where(real, rank_alone(scores), LOWEST)
+    point = greatest(rank, wanted, wanted, tl.min(tl.where(real, rank, RANK_KEPT)), tl.max(rank) + 1)
+    kept = (rank >= point).to(tl.int32)
+    before, number = before_all(kept, W, R)
+    if number > wanted:  # the oldest of those at the threshold go
+        equals, _ = before_all((rank == point).to(tl.int32), W, R)
+        kept = tl.where((rank > point) | (equals >= number - wanted), kept, 0)
+        before -= tl.minimum(equals, number - wanted)
+    if SEGMENTS == 0:
+        key = place
+    else:
+        key = tl.load(KEYS + place, mask=kept != 0, other=0)
+    put(INDICES, before, key, kept != 0, DIRECT)
+
+
+@triton.jit
+def before_all(chosen, W: tl.constexpr, R: tl.constexpr):
+    """How many keys before each key are chosen, `[W, R, 128]`, and how many at all."""
+    before, number = before_each(chosen, W, R)
+    number = tl.max(number, 1)
+    return before + (tl.cumsum(number, 0) - number)[:, None, None], tl.sum(number)
+
+
+@triton.jit(do_not_specialize=["row0", "stride"])
+def row_candidates_kernel(
+    SCORES, START, END, VALUES, KEYS, COUNTS, stride_row, row0, S, budget, stride, segment,
+    BM: tl.constexpr, BC: tl.constexpr, W: tl.constexpr, DIRECT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The candidates of a row of more than BC scores, VALUES and KEYS `[W, segment]` and COUNTS `[W]`. Grid: rows."""
+    here = tl.program_id(0).to(tl.int64)
+    row = row0 + here
+    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+    if end - start // 16 * 16 > BC:
+        SCORES += row * stride_row
+        point, position = threshold_of(SCORES, start, end, S, budget, 0, 0, stride, BM, False)
+        low = start // 512 * 512
+        part = tl.cdiv(end - low, 512 * W) * 512
+        position = low + tl.maximum(position - low, 0) // 512 * 512
+        collect(
+            SCORES, VALUES + here * W * segment, KEYS + here * W * segment, COUNTS + here * W, start, end,
+            score_at(point), position, part, segment, S, W, DIRECT, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["row0"])
+def choose_row_kernel(
+    SCORES, START, END, VALUES, KEYS, COUNTS, INDICES, SIZES, stride_row, row0, S, budget, segment,
+    BC: tl.constexpr, W: tl.constexpr, SEGMENTS: tl.constexpr, SAMPLED: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """A row's selection from its candidates, or from its scores where those are few or the candidates aren't all there. Grid: rows."""
+    here = tl.program_id(0).to(tl.int64)
+    row = row0 + here
+    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+    size = tl.maximum(end - start, 0)
+    wanted = tl.minimum(size, budget)
+    SCORES, INDICES = SCORES + row * stride_row, INDICES + row * budget
+    tl.store(SIZES + row, wanted)
+    pad(INDICES, INDICES, wanted, budget, False)
+    span = end - start // 16 * 16
+    if size <= budget:
+        for origin in range(0, size, 1024):
+            slot = origin + tl.arange(0, 1024)
+            tl.store(INDICES + slot, start + slot, mask=slot < size)
+    elif span <= BC:
+        if SAMPLED and span <= BC // 2:
+            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC // 2, 0, DIRECT)
+        else:
+            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC, 0, DIRECT)
+    elif SAMPLED:
+        VALUES, KEYS, COUNTS = VALUES + here * SEGMENTS * segment, KEYS + here * SEGMENTS * segment, COUNTS + here * SEGMENTS
+        counts = tl.load(COUNTS + tl.arange(0, SEGMENTS))
+        slots = tl.sum(tl.cdiv(counts, 4)) * 4
+        if (tl.sum(counts) < wanted) | (slots > BC):
+            choose_of_all(SCORES, INDICES, INDICES, start, end, wanted, 0, 0, 2048, False)
+        elif slots <= BC // 2:
+            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC // 2, SEGMENTS, DIRECT)
+        else:
+            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC, SEGMENTS, DIRECT)
+
+
+@triton.jit(do_not_specialize=["stride"])
+def part_candidates_kernel(
+    SCORES, START, END, VALUES, KEYS, COUNTS, MAXIMA, SUMS, stride_row, S, budget, keep_first, keep_recent, stride, part, segment,
+    BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """The candidates of `part` keys of a row, VALUES and KEYS `[parts, segment]` and COUNTS `[parts]`. Grid: rows, parts.
+
+    Each program finds its row's threshold itself: that takes less time than one more kernel. With scores also the maximum and the
+    sum of the exponentials of each part.
+    """
+    ROWS: tl.constexpr = BN // 128
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * part
+    here = row * tl.num_programs(1) + tl.program_id(1)
+    SCORES, VALUES, KEYS = SCORES + row * stride_row, VALUES + here * segment, KEYS + here * segment
+    key = first + in_order(ROWS, 1, 128)
+    scores = tl.load(SCORES + key, mask=key < S, other=0.0)  # on their way while the threshold is looked for
+    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+    if not WITH_SCORES:  # a row that keeps all it sees needs no candidates
+        end = tl.where(end - start <= budget, 0, end)
+    point, position = tl.full([], -RANK_FINITE - 1, tl.int32), start  # everything
+    if end - start > BC - 8:  # the first part that is seen and the last may leave gaps
+        point, position = threshold_of(SCORES, start, end, S, budget, keep_first, keep_recent, stride, BM, KEEP)
+    lowest = score_at(point)
+    above, count = next_score(lowest), 0
+    largest, sums = tl.full([ROWS, 1, 128], float("-inf"), tl.float32), tl.zeros([ROWS, 1, 128], tl.float32)
+    last = tl.minimum(first + part, end)
+    for origin in range(first, last, BN):
+        ahead = tl.load(SCORES + key + BN, mask=key + BN < tl.where(origin + BN < last, S, 0), other=0.0)
+        seen = (key >= start) & (key < end)
+        ranked = tl.maximum(scores, -FINITE)  # NaN too
+        if KEEP:
+            ranked = with_kept(ranked, key, start, end, keep_first, keep_recent)
+        ranked = tl.where(seen, ranked, float("-inf"))
+        least = tl.where(key >= position, lowest, above)
+        before, number = before_all((ranked >= least).to(tl.int32), ROWS, 1)
+        append_row(VALUES, KEYS, tl.minimum(count, segment - BN) + before, scores, key, ranked, least, DIRECT)  # a full segment is of no use
+        count += number
+        if WITH_SCORES:
+            largest, sums = add_exponentials(largest, sums, tl.where(seen, scores, float("-inf")))
+        scores, key = ahead, key + BN
+    tl.store(COUNTS + here, count)
+    if WITH_SCORES:
+        maximum, total = maximum_and_sum(tl.reshape(largest, [BN]), tl.reshape(sums, [BN]))
+        tl.store(MAXIMA + here, maximum)
+        tl.store(SUMS + here, total)
+
+
+@triton.jit
+def part_of(quad, first, PARTS: tl.constexpr):
+    """The last of the parts that begin, at `first` `[PARTS]`, no later than each quad."""
+    part = tl.zeros_like(quad)
+    for i in tl.static_range(9):  # bisection
+        if PARTS >> i > 1:
+            later = part + (PARTS >> i) // 2
+            part = tl.where(tl.gather(first, later, 0) <= quad, later, part)
+    return part
+
+
+@triton.jit
+def of_each(x, ROWS: tl.constexpr):
+    """`[ROWS * 32]`, of quads, as `[ROWS, 1, 128]`."""
+    return tl.reshape(tl.broadcast_to(tl.reshape(x, [ROWS, 1, 32])[:, :, :, None], [ROWS, 1, 32, 4]), [ROWS, 1, 128])
+
+
+@triton.jit
+def keep_best_of_parts(
+    VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment,
+    BC: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """The `wanted` best of a row's candidates, `counts` `[PARTS]` of them, in at most BC slots; each part begins at a multiple of four."""
+    ROWS: tl.constexpr = BC // 128
+    quad, quads = tl.arange(0, BC // 4), tl.cdiv(counts, 4)
+    first = tl.cumsum(quads, 0) - quads
+    part = part_of(quad, first, PARTS)
+    inside = 4 * (quad - tl.gather(first, part, 0))
+    left = of_each(tl.gather(counts, part, 0) - inside, ROWS)
+    near = tl.arange(0, 128)[None, None, :] % 4
+    place = tl.max_contiguous(tl.multiple_of(of_each(part * segment + inside, ROWS) + near, [1, 1, 4]), [1, 1, 4])
+    real = near < left
+    scores = tl.load(VALUES + place, mask=real, other=0.0)
+    key = tl.load(KEYS + place, mask=real, other=0)
+    rank = rank_of(scores, key, start, end, keep_first, keep_recent) if KEEP else rank_alone(scores)
+    rank = tl.where(real, rank, LOWEST)
+    point = greatest(rank, wanted, wanted, tl.min(tl.where(real, rank, RANK_KEPT)), tl.max(rank) + 1)
+    kept = (rank >= point).to(tl.int32)
+    before, number = before_all(kept, ROWS, 1)
+    if number > wanted:  # the oldest of those at the threshold go
+        equals, _ = before_all((rank == point).to(tl.int32), ROWS, 1)
+        kept = tl.where((rank > point) | (equals >= number - wanted), kept, 0)
+        before -= tl.minimum(equals, number - wanted)
+    put(INDICES, before, key, kept != 0, DIRECT)
+    if WITH_SCORES:
+        put(CHOSEN.to(tl.pointer_type(tl.int32), bitcast=True), before, scores.to(tl.int32, bitcast=True), kept != 0, DIRECT)
+
+
+@triton.jit
+def choose_parts_kernel(
+    SCORES, START, END, VALUES, KEYS, COUNTS, MAXIMA, SUMS, INDICES, SIZES, CHOSEN, LSE, stride_row, S, budget, keep_first, keep_recent, parts,
+    segment, BC: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """A row's selection from the candidates of its parts, or, where they aren't all there, from all its scores. Grid: rows."""
+    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
+    counts = tl.load(COUNTS + row * parts + part, mask=part < parts, other=0)
+    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+    size = tl.maximum(end - start, 0)
+    wanted = tl.minimum(size, budget)
+    VALUES, KEYS = VALUES + row * parts * segment, KEYS + row * parts * segment
+    INDICES, CHOSEN = INDICES + row * budget, CHOSEN + row * budget
+    tl.store(SIZES + row, wanted)
+    pad(INDICES, CHOSEN, wanted, budget, WITH_SCORES)
+    if WITH_SCORES:
+        maxima = tl.load(MAXIMA + row * parts + part, mask=part < parts, other=float("-inf"))
+        maximum, total = maximum_and_sum(maxima, tl.load(SUMS + row * parts + part, mask=part < parts, other=0.0))
+        tl.store(LSE + row, finite(maximum) + tl.log(total))
+    if (size <= budget) & (not WITH_SCORES):
+        for origin in range(0, size, 1024):
+            slot = origin + tl.arange(0, 1024)
+            tl.store(INDICES + slot, start + slot, mask=slot < size)
+    elif size > 0:
+        slots = 4 * tl.sum(tl.cdiv(counts, 4))
+        if (tl.sum(counts) < wanted) | (slots > BC):
+            choose_of_all(SCORES + row * stride_row, INDICES, CHOSEN, start, end, wanted, keep_first, keep_recent, 2048, WITH_SCORES)
+        elif slots <= BC // 2:
+            keep_best_of_parts(
+                VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment, BC // 2, PARTS,
+                KEEP, WITH_SCORES, DIRECT,
+            )  # fmt: skip
+        else:
+            keep_best_of_parts(
+                VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment, BC, PARTS,
+                KEEP, WITH_SCORES, DIRECT,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tile0", "row0", "count"])
+def exhaustive_kernel(
+    Q, W, K, K_SCALE, TABLE, START, END, FLAGS, SCRATCH, INDICES, CHOSEN,
+    stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, tile0, row0, count, T, S, J, E, budget, keep_first, keep_recent,
+    BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr, WITH_SCORES: tl.constexpr, BS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The flagged rows of `count` query tiles, from all their scores, which each program holds in its own SCRATCH `[BQ, S]`."""
+    tiles = tl.cdiv(T, BQ)
+    SCRATCH += tl.program_id(0).to(tl.int64) * BQ * S
+    for tile in range(tile0 + tl.program_id(0), tile0 + count, tl.num_programs(0)):
+        b, t0 = tile // tiles, tile % tiles * BQ
+        query, n = tl.arange(0, BQ), tl.arange(0, BN)
+        t, first = t0 + query, b.to(tl.int64) * T + t0  # the first row of the tile
+        flagged = tl.load(FLAGS + first - row0 + query, mask=t < T, other=0) != 0
+        if tl.max(flagged.to(tl.int32)) > 0:
+            if not LOADED:
+                start, end = load_interval(START, END, b, t, T, S)
+                low, high = union(start, end, flagged, S)
+                q_b, w_b = Q + b.to(tl.int64) * stride_qb, W + b.to(tl.int64) * T * J
+                k_b, scale_b, table_b = keys_of(K, K_SCALE, TABLE, b, stride_kb, stride_sb, S, PAGE, UNIT)
+                q, w = load_queries(q_b, w_b, stride_qt, stride_qj, t0, T, J, E, 0, BQ, BJ, BE)
+                for origin in tl.range(low // BN * BN, high, BN, num_stages=STAGES):
+                    key = origin + n
+                    scores = score_tile(
+                        q, w, q_b, w_b, k_b, scale_b, table_b, key, key < high, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss,
+                        t0, T, J, E, BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT,
+                    )  # fmt: skip
+                    tl.store(SCRATCH + (query.to(tl.int64) * S)[None, :] + key[:, None], scores, mask=(key < high)[:, None] & flagged[None, :])
+                tl.debug_barrier()  # other threads wrote the scores
+            scores_row = Q + first * stride_qt if LOADED else SCRATCH
+            for i in range(BQ):
+                row = first + i
+                if tl.load(FLAGS + row - row0, mask=t0 + i < T, other=0) != 0:
+                    begin, stop = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+                    choose_of_all(
+                        scores_row, INDICES + row * budget, CHOSEN + row * budget, begin, stop, tl.minimum(stop - begin, budget),
+                        keep_first, keep_recent, BS, WITH_SCORES,
+                    )  # fmt: skip
+                scores_row += S  # where LOADED, BQ is 1
+            tl.debug_barrier()  # before the next tile's scores
