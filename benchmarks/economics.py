@@ -37,6 +37,7 @@ from skim.bench.measure import Measured, measure
 from skim.bench.roofs import Roofs, measured_roofs
 from skim.bench.runner import machine, write_json
 from skim.modules import LightningIndexer
+from skim.modules.latents import absorb, emerge
 from skim.modules.rope import frequencies
 from skim.ops import codec
 from skim.selection import Selection
@@ -164,38 +165,43 @@ class Layer:
         return self.rotary(torch.empty(0, dtype=self.dtype, device=self.device), positions)
 
     def queries(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The query latent, and `[B, T, H, ...]` queries without and with rotation."""
+        """The query latent, queries `[B, T, H, 192]` before rotation, and their last 64 channels behind it."""
         own = self.attention
-        latent = own.q_a_layernorm(own.q_a_proj(hidden))
+        latent = self._normed(own.q_a_proj(hidden), own.q_a_layernorm)
         q = own.q_b_proj(latent).unflatten(-1, (self.config.num_attention_heads, -1))
-        nope, rope = q.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), dim=-1)
-        return latent, nope, self._rotated(rope, table)
+        return latent, q, self._rotated(q[..., self.config.qk_nope_head_dim :], table)
 
     def latents(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """`[B, T, 1, 576]`: what a cache holds of each token."""
         config = self.config
         latent, rope = self.attention.kv_a_proj_with_mqa(hidden)[:, :, None].split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        return torch.cat((self.attention.kv_a_layernorm(latent), self._rotated(rope, table)), dim=-1)
+        return torch.cat((self._normed(latent, self.attention.kv_a_layernorm), self._rotated(rope, table)), dim=-1)
 
     def index(self, hidden: Tensor, table: tuple[Tensor, Tensor], q_latent: Tensor) -> Index:
         q, k, weights = self.indexer(hidden, table, q_latent, reads="sparse")
         return Index(codec.quantise(q, spread=True), codec.quantise(k, spread=True), weights)
 
-    def absorbed(self, nope: Tensor, rope: Tensor) -> Tensor:
+    def absorbed(self, q: Tensor, rope: Tensor) -> Tensor:
         """Queries `[B, T, H, 576]` that meet latents."""
-        return torch.cat((torch.einsum("bthn,hnr->bthr", nope, self.into), rope), dim=-1)
+        return absorb(q[..., : self.config.qk_nope_head_dim], rope, self.into)
 
-    def expanded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys `[B, S, H, 192]` and values `[B, S, H, 128]` of each head."""
+    def whole(self, q: Tensor, rope: Tensor) -> Tensor:
+        """Queries `[B, T, H, 192]` that meet keys of each head, in place."""
+        q[..., self.config.qk_nope_head_dim :] = rope
+        return q
+
+    def expand(self, latents: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write keys `[1, S, H, 192]` and values `[1, S, H, 128]` of each head."""
         config = self.config
-        latent, rope = latents[:, :, 0].split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        both = self.attention.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
-        nope, values = both.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
-        return torch.cat((nope, rope[:, :, None].expand(-1, -1, config.num_attention_heads, -1)), dim=-1), values
+        latent, rope = latents[0, :, 0].split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        latent, nope = latent.expand(config.num_attention_heads, -1, -1), keys[0, ..., : config.qk_nope_head_dim]
+        for weight, to in ((self.into, nope), (self.out_of, values[0])):
+            torch.bmm(latent, weight.mT, out=to.transpose(0, 1))
+        keys[0, ..., config.qk_nope_head_dim :] = rope[:, None]
 
     def output(self, read: Tensor) -> Tensor:
         """`[B, T, hidden]` of what the heads read of the latents, `[B, T, H, 512]`."""
-        return self.attention.o_proj(torch.einsum("bthr,hvr->bthv", read, self.out_of).flatten(2))
+        return self.attention.o_proj(emerge(read, self.out_of).flatten(2))
 
     def sparse(self, q: Tensor, index: Index, cache: Cache, start: Tensor, end: Tensor) -> Tensor:
         """What queries `[B, T, H, 576]` read of the latents that the indexer selects, `[B, T, H, 512]`."""
@@ -205,10 +211,10 @@ class Layer:
 
     def step(self, hidden: Tensor, table: tuple[Tensor, Tensor], cache: Cache, at: int, start: Tensor, end: Tensor) -> Tensor:
         """The layer over the tokens `at` and after, which are cached and see the keys from `start` to `end`."""
-        q_latent, nope, rope = self.queries(hidden, table)
+        q_latent, q, rope = self.queries(hidden, table)
         index = self.index(hidden, table, q_latent)
         cache.write(at, self.latents(hidden, table), index.k)
-        return self.output(self.sparse(self.absorbed(nope, rope), index, cache.upto(at + hidden.shape[1]), start, end))
+        return self.output(self.sparse(self.absorbed(q, rope), index, cache.upto(at + hidden.shape[1]), start, end))
 
     def causal_step(self, hidden: Tensor, cache: Cache, at: int) -> Tensor:
         """The layer over the next tokens of a prompt `[1, T, hidden]`."""
@@ -223,6 +229,11 @@ class Layer:
         for at in range(0, T, chunk):
             out[:, at : at + chunk] = self.causal_step(hidden[:, at : at + chunk], cache, at)
         return out
+
+    @staticmethod
+    def _normed(x: Tensor, norm: Any) -> Tensor:
+        """x behind one of transformers' norms, in one kernel."""
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
     @staticmethod
     def _rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -243,8 +254,8 @@ def sparse_runs(layer: Layer, cache: Cache, hiddens: list[Tensor]) -> Runs:
     start, end, table = *everything(B, T, n, layer.device), layer.table(n - T, T)
 
     def prepared(hidden: Tensor) -> tuple[Tensor, Index]:
-        q_latent, nope, rope = layer.queries(hidden, table)
-        return layer.absorbed(nope, rope), layer.index(hidden, table, q_latent)
+        q_latent, q, rope = layer.queries(hidden, table)
+        return layer.absorbed(q, rope), layer.index(hidden, table, q_latent)
 
     return Runs(
         (lambda x: layer.sparse(*x, cache, start, end), [prepared(hidden) for hidden in hiddens]),
@@ -262,9 +273,9 @@ def dense_decode_runs(layer: Layer, cache: Cache, hiddens: list[Tensor]) -> Runs
         return skim.attend_dense(q, cache.latents, None, start=start, end=end, v_channels=rank, scale=layer.scale)[0]
 
     def whole(hidden: Tensor) -> Tensor:
-        _, nope, rope = layer.queries(hidden, table)
+        _, q, rope = layer.queries(hidden, table)
         cache.latents[:, n - T :] = layer.latents(hidden, table)
-        return layer.output(attention(layer.absorbed(nope, rope)))
+        return layer.output(attention(layer.absorbed(q, rope)))
 
     return Runs((attention, [layer.absorbed(*layer.queries(hidden, table)[1:]) for hidden in hiddens]), (whole, hiddens))
 
@@ -273,18 +284,21 @@ def dense_prefill_runs(layer: Layer, cache: Cache, hiddens: list[Tensor], backen
     """All keys, expanded for each head; those of the tokens before are there already."""
     n, T = cache.latents.shape[1], hiddens[0].shape[1]
     table = layer.table(n - T, T)
-    keys, values = (x.contiguous() for x in layer.expanded(cache.latents))
+    config = layer.config
+    keys, values = (cache.latents.new_empty(1, n, config.num_attention_heads, C) for C in (config.qk_head_dim, config.v_head_dim))
+    for at in range(0, n, T):
+        layer.expand(*(x[:, at : at + T] for x in (cache.latents, keys, values)))
 
     def attention(q: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values)), scale=layer.scale).transpose(1, 2)
 
     def whole(hidden: Tensor) -> Tensor:
-        _, nope, rope = layer.queries(hidden, table)
-        keys[:, n - T :], values[:, n - T :] = layer.expanded(layer.latents(hidden, table))
-        return layer.attention.o_proj(attention(torch.cat((nope, rope), dim=-1)).flatten(2))
+        _, q, rope = layer.queries(hidden, table)
+        layer.expand(layer.latents(hidden, table), keys[:, n - T :], values[:, n - T :])
+        return layer.attention.o_proj(attention(layer.whole(q, rope)).flatten(2))
 
-    return Runs((attention, [torch.cat(layer.queries(hidden, table)[1:], dim=-1) for hidden in hiddens]), (whole, hiddens))
+    return Runs((attention, [layer.whole(*layer.queries(hidden, table)[1:]) for hidden in hiddens]), (whole, hiddens))
 
 
 def everything(B: int, T: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -426,8 +440,8 @@ def fp8_rows(layer: Layer, plan: Plan) -> Iterator[dict[str, Any]]:
         keys.append(codec.hadamard(layer.indexer(hidden, table, None, reads="dense").k.bfloat16()))
     bf16, k_index = torch.cat(latents, dim=1), torch.cat(keys, dim=1)
     hidden, table, (start, end) = layer.hidden(T), layer.table(n - T, T), everything(1, T, n, layer.device)
-    q_latent, nope, rope = layer.queries(hidden, table)
-    q, index = layer.absorbed(nope, rope).bfloat16(), layer.indexer(hidden, table, q_latent)
+    q_latent, q, rope = layer.queries(hidden, table)
+    q, index = layer.absorbed(q, rope).bfloat16(), layer.indexer(hidden, table, q_latent)
     q_index = codec.hadamard(index.q.bfloat16())
 
     def selected(q: Any, k: Any) -> Selection:

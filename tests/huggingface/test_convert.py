@@ -56,6 +56,22 @@ def test_reverting_leaves_nothing_behind():
     assert letters(convert(model)) == "SSS", "it can be converted again"
 
 
+@pytest.mark.parametrize("place", ["forward", "_old_forward"])  # the second is accelerate's, behind its hooks
+def test_what_an_attention_ran_before_runs_behind_ours_and_comes_back(place):
+    model, calls = build("llama"), []
+    for layer in attentions(model).values():
+        own = layer.forward
+        if place == "_old_forward":
+            layer.forward = lambda *args, layer=layer, **kwargs: layer._old_forward(*args, **kwargs)
+        setattr(layer, place, lambda *args, own=own, **kwargs: calls.append("ran") or own(*args, **kwargs))
+    before = [vars(layer)[place] for layer in attentions(model).values()]
+    expected = logits(convert(model, budget=30), IDS)
+    assert len(calls) == 3
+    skim.revert(model)
+    assert [vars(layer)[place] for layer in attentions(model).values()] == before
+    assert torch.equal(logits(model, IDS), expected) and len(calls) == 6
+
+
 @pytest.mark.parametrize(
     ("pattern", "layers", "expected"),
     [

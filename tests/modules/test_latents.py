@@ -80,3 +80,18 @@ def test_fp8_index_keys_select_what_others_do_but_for_keys_near_the_last(scale_f
         for s in ours ^ theirs:
             assert abs(scores[t, s] - kth) <= 2 * bound[t].max()
     assert common >= 0.96 * T * K
+
+
+@pytest.mark.parametrize(("B", "T"), [(1, 7), (3, 5), (4, 1)])
+def test_products_with_latents_are_the_same_written_in_place_and_with_gradients(B, T):
+    H, n, p, r, v = 3, 8, 4, 16, 12
+    q, read, expansion = torch.randn(B, T + 2, H, n + p)[:, 2:], torch.randn(B, T, H, r), torch.randn(H, n + v, r)
+    into, out_of = expansion.split((n, v), dim=1)
+    absorbed, emerged = latents.absorb(q[..., :n], q[..., n:], into), latents.emerge(read, out_of)
+    torch.testing.assert_close(absorbed, torch.cat((torch.einsum("bthn,hnr->bthr", q[..., :n], into), q[..., n:]), dim=-1))
+    torch.testing.assert_close(emerged, torch.einsum("bthr,hvr->bthv", read, out_of))
+    with torch.no_grad():
+        in_place = latents.absorb(q[..., :n], q[..., n:], into), latents.emerge(read, out_of)
+    assert all(x.is_contiguous() for x in in_place)
+    torch.testing.assert_close(in_place, (absorbed, emerged))
+    assert latents.absorb(q[..., :n], q[..., n:], into.requires_grad_()).requires_grad

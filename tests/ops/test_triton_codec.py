@@ -112,6 +112,14 @@ def test_rotated_queries_are_bitwise_the_references(shape, rope_dim, shared, dty
     assert torch.equal(found.cpu(), codec.rotate(x, cos, sin, layout=layout, impl="reference"))
 
 
+@pytest.mark.parametrize("part", [lambda x: x[..., 8:24], lambda x: x[:, ::2, :, 8:24], lambda x: x.transpose(1, 2)[..., :16], lambda x: x[..., ::2]])
+def test_queries_are_rotated_where_they_lie(part):
+    x = part(normal(2, 6, 4, 32))
+    cos, sin = angles(*x.shape[:2], 16, False, torch.float32)
+    found = codec.rotate(x.to(DEVICE), cos.to(DEVICE), sin.to(DEVICE), layout="half", impl="triton")
+    assert found.is_contiguous() and torch.equal(found.cpu(), codec.rotate(x, cos, sin, layout="half", impl="reference"))
+
+
 def test_rotated_queries_in_bfloat16_are_the_references_within_the_interpreters_rounding():
     x, (cos, sin) = normal(2, 9, 4, 64, dtype=torch.bfloat16), angles(2, 9, 32, True, torch.bfloat16)
     found = codec.rotate(x.to(DEVICE), cos.to(DEVICE), sin.to(DEVICE), layout="half", impl="triton").cpu()

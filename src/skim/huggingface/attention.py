@@ -1,7 +1,7 @@
 """The hooks and the attention function of a converted model.
 
 decoder pre-hook: opens a `Forward` (the settings in force) and passes it down among the keyword arguments.
-attention pre-hook: makes the index tensors, keeps index keys in the cache, hands both over.
+in front of an attention's forward: makes the index tensors, keeps index keys in the cache, hands both over.
 attention function: selects, attends, aligns; or calls the attention that the model had before.
 decoder hook: makes the index keys that nothing read, those of all layers at once.
 """
@@ -69,8 +69,11 @@ def open_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     grad = torch.is_grad_enabled()
     tied = state.recording and grad and _trains(decoder)
     unaveraged = state.recording and not grad and DistributedDataParallel._active_ddp_module is not None
+    # Not where a compiler fuses what makes them, nor where weights may be somewhere else by then (sharded over processes).
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    late = not (distributed or torch.compiler.is_compiling())
     settings = state.config, state.letters, state.mode, state.selector, state.recording, state.keeping, state.serial
-    forward = Forward(*settings, tied, unaveraged)
+    forward = Forward(*settings, tied, unaveraged, late)
     return args, {**kwargs, "skim": forward}
 
 
@@ -85,30 +88,34 @@ def _trains(decoder: nn.Module) -> bool:
     return any(p.requires_grad and id(p) not in indexers for p in decoder.parameters())
 
 
-def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pre-hook of an attention module."""
-    state: State = module.skim_state  # type: ignore[assignment]
+def hand_over(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What stands in front of `inner`, an attention module's own forward. (A hook would cost a call three times as much.)"""
     forward = kwargs.get("skim")
     if not isinstance(forward, Forward):
+        state: State = module.skim_state  # type: ignore[assignment]
         if state.limit is None:
-            return args, kwargs
+            return inner(*args, **kwargs)
         raise ValueError(f"{type(module).__name__}: its decoder doesn't pass keyword arguments on, so Skim can't reach it; skim.revert(model)")
-    cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)  # GPT-NeoX calls it layer_past
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, Cache):  # GPT-NeoX calls it layer_past
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
     hidden = args[0] if args else kwargs["hidden_states"]
     sparse = is_visibility(kwargs.get("attention_mask"))
-    return args, {**kwargs, "skim": prepare(module, forward, cache, sparse, hidden, kwargs["position_embeddings"])}
+    kwargs["skim"] = prepare(module, forward, cache, sparse, hidden, kwargs["position_embeddings"])
+    return inner(*args, **kwargs)
 
 
 def prepare(
     module: nn.Module, forward: Forward, cache: Cache | None, sparse: bool, hidden: Tensor, position_embeddings: Any, q_latent: Tensor | None = None
 ) -> HandOver:
     """What an attention module reads with: its index tensors, with every index key that the cache holds."""
-    layer, indexer = int(module.layer_idx), getattr(module, "indexer", None)  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    indexer: Any = module._modules.get("indexer")  # as an attribute it takes ten times as long to find
     selects = forward.mode == "sparse" or forward.selector is not None
     keeps_keys = cache is not None and (selects or holds_index_keys(cache, layer))
     if indexer is None or not (sparse or keeps_keys):
         return HandOver(forward, None, None)
-    if not sparse and _waits(forward, cache, layer, indexer, hidden, position_embeddings):
+    if forward.late and not sparse and _waits(forward, cache, layer, indexer, hidden, position_embeddings):
         return HandOver(forward, None, None)
     inputs = hidden.detach(), position_embeddings, None if q_latent is None else q_latent.detach()
     unquantised = None
@@ -130,17 +137,14 @@ def prepare(
 def _waits(forward: Forward, cache: Any, layer: int, indexer: LightningIndexer, hidden: Tensor, position_embeddings: Any) -> bool:
     """Whether a layer's new index keys, which nothing reads now, are made later, in one go with other layers'; if so it is noted.
 
-    Layer by layer their few small kernels would take longer to launch than to run. Not where a compiler fuses them, nor where weights may
-    be somewhere else by then (sharded over processes).
+    Layer by layer their few small kernels would take longer to launch than to run.
     """
-    if torch.compiler.is_compiling() or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    target = indexed_layer(cache, layer, indexer.score_dtype == "fp8")
-    if not takes_late_index_keys(cache, target):
-        return False
-    if not forward.waiting:  # inputs are copied once, so half the workspace is theirs
-        forward.room = workspace(forward.config.workspace_mb, hidden.device) << 19
-    forward.waiting.append(Waiting(target, indexer, hidden, position_embeddings))
+    if not forward.waiting:
+        target = indexed_layer(cache, layer, indexer.score_dtype == "fp8")
+        if not takes_late_index_keys(cache, target):
+            return False
+        forward.room = workspace(forward.config.workspace_mb, hidden.device) << 19  # inputs are copied once, so half the workspace is theirs
+    forward.waiting.append((cache, layer, indexer, hidden, position_embeddings))
     forward.room -= hidden.nbytes
     if forward.room < 0:
         _make_waiting(forward)
@@ -151,11 +155,12 @@ def _make_waiting(forward: Forward) -> None:
     """The index keys that layers wait for, into the cache."""
     groups: dict[Any, list[Waiting]] = {}
     for waiting in forward.waiting:  # layers on other devices have a table of positions there
-        groups.setdefault((id(waiting.position_embeddings[0]), waiting.hidden.shape), []).append(waiting)
-    for layers in groups.values():
-        made = cached_keys([x.indexer for x in layers], [x.hidden for x in layers], layers[0].position_embeddings)
-        for waiting, keys in zip(layers, made):
-            waiting.target.append_index_keys(keys)
+        *_, hidden, (cos, _) = waiting
+        groups.setdefault((id(cos), hidden.shape), []).append(waiting)
+    for (_, shape), group in groups.items():
+        caches, layers, indexers, hiddens, (position_embeddings, *_) = zip(*group)
+        for cache, layer, keys in zip(caches, layers, cached_keys(indexers, hiddens, position_embeddings)):
+            indexed_layer(cache, layer, keys.dtype == torch.uint8, shape[1]).append_index_keys(keys)
     forward.waiting.clear()
 
 
@@ -175,12 +180,11 @@ def _attention(
     original: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, skim: HandOver | None = None, **kwargs: Any
 ) -> Any:
     """query `[B, H, T, D]`, key and value `[B, G, S, ·]` as transformers hands them; `(out [B, T, H, V], None)`."""
-    state: State | None = getattr(module, "skim_state", None)
     if not is_visibility(attention_mask):
-        if state is not None:
-            expect_decided_dense(state, attention_mask, key.shape[2])
+        if attention_mask is not None and hasattr(module, "skim_state"):
+            expect_decided_dense(module.skim_state, attention_mask, key.shape[2])  # type: ignore[arg-type]
         return original_attention(original, module)(module, query, key, value, attention_mask, **kwargs)
-    if state is None or skim is None:
+    if skim is None or not hasattr(module, "skim_state"):
         raise ValueError(f"{type(module).__name__}: reads with Skim's visibility but was not converted (cross-attention, say)")
     scale = kwargs.pop("scaling", None) or query.shape[-1] ** -0.5
     sink = kwargs.pop("s_aux", None)

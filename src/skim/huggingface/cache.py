@@ -17,13 +17,13 @@ def indexed(layer_class: Any) -> Any:
 
     A plain subclass: an instance can only change to a class of the same layout.
     """
-    static = issubclass(layer_class, StaticLayer)
 
     class Indexed(layer_class):  # type: ignore[misc]
         index_keys: Tensor | None = None
+        static = issubclass(layer_class, StaticLayer)
 
         def append_index_keys(self, new: Tensor) -> Tensor:
-            if static:
+            if self.static:
                 return self._write_index_keys(new)
             self.index_keys = new if self.index_keys is None else torch.cat((self.index_keys.to(new.device), new), dim=1)
             return self.index_keys
@@ -112,8 +112,8 @@ def layer_of(cache: Cache, layer: int) -> Any:
     return cache.layers[layer]
 
 
-def indexed_layer(cache: Cache, layer: int, fp8: bool) -> Any:
-    """The layer of a cache, made one that holds index keys too, in FP8 or not; asked for before the layer's own update.
+def indexed_layer(cache: Cache, layer: int, fp8: bool, new: int = 0) -> Any:
+    """The layer of a cache, made one that holds index keys too, in FP8 or not; before the layer's own update, or behind that of `new` tokens.
 
     Raises:
         ValueError: the cache already holds tokens whose index keys were never made, or index keys in another form, or is
@@ -121,12 +121,8 @@ def indexed_layer(cache: Cache, layer: int, fp8: bool) -> Any:
     """
     target = layer_of(cache, layer)
     if not hasattr(target, "index_keys"):
-        if not isinstance(target, CacheLayerMixin) or isinstance(target, StaticSlidingWindowLayer):
-            raise ValueError(f"past_key_values: {type(target).__name__} can't hold index keys; use a dynamic cache")
-        if cache.offloading and isinstance(target, StaticLayer):  # torch.compile dies over our wait for its copies
-            raise ValueError("past_key_values: an offloaded static cache can't hold index keys; use cache_implementation='offloaded'")
-        target.__class__ = indexed(type(target))  # type: ignore[arg-type]
-    if target.index_keys is None and target.is_initialized and int(target.get_seq_length()) > 0:
+        target.__class__ = _twin(type(target), cache.offloading)  # type: ignore[arg-type]
+    if target.index_keys is None and target.is_initialized and int(target.get_seq_length()) > new:
         raise ValueError(
             f"past_key_values: layer {layer} holds {int(target.get_seq_length())} tokens without index keys "
             "(a cache that was filled in dense mode or before skim.convert); fill it again in sparse mode"
@@ -136,9 +132,19 @@ def indexed_layer(cache: Cache, layer: int, fp8: bool) -> Any:
     return target
 
 
+@remember  # a cache's layers are of one or two classes
+def _twin(layer_class: type, offloading: bool) -> Any:
+    """`indexed(layer_class)`, if there can be one."""
+    if not issubclass(layer_class, CacheLayerMixin) or issubclass(layer_class, StaticSlidingWindowLayer):
+        raise ValueError(f"past_key_values: {layer_class.__name__} can't hold index keys; use a dynamic cache")
+    if offloading and issubclass(layer_class, StaticLayer):  # torch.compile dies over our wait for its copies
+        raise ValueError("past_key_values: an offloaded static cache can't hold index keys; use cache_implementation='offloaded'")
+    return indexed(layer_class)
+
+
 def takes_late_index_keys(cache: Cache, target: Any) -> bool:
     """Whether a layer's new index keys may follow its own update: not behind what a static layer counts, or to what was offloaded."""
-    return not cache.offloading and not isinstance(target, StaticLayer)
+    return not cache.offloading and not target.static
 
 
 def append_index_keys(cache: Cache, layer: int, new: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from skim.config import Config
-from skim.huggingface import attention, masks, mla
+from skim.huggingface import attention, binding, masks, mla
 from skim.huggingface.state import MODES, LayerInputs, Selector, State, converted_layers, decoder_of, publish, source_of, state_of
 from skim.modules import LightningIndexer
 from skim.selection import Selection
@@ -85,7 +85,7 @@ def attach(model: nn.Module, config: Config | None) -> None:
             continue
         if number in indexers:
             layer.indexer = indexers[number]
-        layer.skim_hook = layer.register_forward_pre_hook(attention.hand_over, with_kwargs=True)
+        binding.bind(layer, attention.hand_over)
     decoder.skim_state, decoder.skim_decoder = state, True
     decoder.skim_hook = decoder.register_forward_pre_hook(attention.open_forward, with_kwargs=True)
     decoder.skim_last_hook = decoder.register_forward_hook(attention.close_forward, with_kwargs=True)
@@ -113,9 +113,11 @@ def revert(model: nn.Module) -> Any:
     decoder.config._attn_implementation = state.original
     del decoder.config.skim_limit, decoder.config.to_dict
     for layer in converted_layers(model).values():
-        if not hasattr(layer, "skim_hook"):
+        if mla.family(decoder.config) in mla.FAMILIES:
             mla.release(layer)
-        elif hasattr(layer, "indexer"):
+            continue
+        binding.release(layer, attention.hand_over)
+        if hasattr(layer, "indexer"):
             del layer.indexer
     for module in (*converted_layers(model).values(), decoder):
         for name in ("skim_hook", "skim_last_hook"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from skim.config import Config
+from skim.huggingface import binding
 from skim.huggingface.attention import autocast, expect_decided_dense, interval, original_attention, prepare, read, refuse
 from skim.huggingface.latents import append_latents, prepare_latents
 from skim.huggingface.masks import is_visibility
 from skim.huggingface.state import Forward, HandOver, State
 from skim.modules import IndexTensors, LightningIndexer
-from skim.modules.latents import pack, unpack
+from skim.modules.latents import absorb, emerge, pack, unpack
 from skim.ops import codec
 from skim.ops.workspace import chunks, workspace
 
@@ -130,32 +130,23 @@ def bind(layer: Any, indexer: LightningIndexer | None) -> None:
         del layer.indexer
     if indexer is not None:
         layer.indexer = indexer
-    setattr(layer, _entry(layer), partial(forward, layer))
+    binding.bind(layer, forward)
 
 
 def release(layer: Any) -> None:
     """Undo `bind`."""
+    binding.release(layer, forward)
     indexer = layer.__dict__["_modules"].pop("indexer", None)
     if hasattr(layer, "skim_own_indexer"):
         (layer.indexer,) = layer.skim_own_indexer
         del layer.skim_own_indexer
         if indexer is not None:
             _hand_parameters(indexer, layer.indexer)
-    for name in ("forward", "_old_forward"):
-        bound = layer.__dict__.get(name)
-        if isinstance(bound, partial) and bound.func is forward:
-            delattr(layer, name)
-            if name == "_old_forward":
-                layer._old_forward = type(layer).forward.__get__(layer)
-
-
-def _entry(layer: Any) -> str:
-    """The attribute that holds a module's forward: accelerate's hooks put their own in front of it."""
-    return "_old_forward" if hasattr(layer, "_old_forward") else "forward"
 
 
 def forward(
     layer: Any,
+    own: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Any = None,
@@ -165,7 +156,7 @@ def forward(
     prev_topk_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    """What stands in place of an attention module's own forward; GLM's also gives a third value, its selection, which ours has no use for."""
+    """What stands in place of `own`, an attention module's forward; GLM's also gives a third value, its selection, which ours has no use for."""
     if not isinstance(skim, Forward):
         raise ValueError(f"{type(layer).__name__}: expected a call by its decoder, which says how to read, got one from elsewhere")
     q_latent, nope, rope, latents = _project(layer, hidden_states, position_embeddings)
@@ -213,10 +204,10 @@ def _absorbed(layer: Any, handed: HandOver, nope: Tensor, rope: Tensor, latents:
     start, end = interval(mask, kwargs)
 
     def output(rows: slice, handed: HandOver) -> Tensor:
-        q = autocast(torch.cat((torch.einsum("bthn,hnr->bthr", nope[:, rows], into), rope[:, rows]), dim=-1))
+        q = autocast(absorb(nope[:, rows], rope[:, rows], into))
         visible = start[:, rows], end[:, rows]
         out = read(layer, handed, q, latents[:, :, None], None, visible, scale=layer.scaling, v_channels=layer.kv_lora_rank)
-        return torch.einsum("bthr,hvr->bthv", out, out_of)
+        return emerge(out, out_of)
 
     pieces = _pieces(layer, handed.forward, nope)
     if len(pieces) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -66,13 +66,8 @@ class State:
         return self.config.fewest if self.mode == "sparse" else None
 
 
-class Waiting(NamedTuple):
-    """A layer whose new index keys are yet to be made: where they go, and what they are made of."""
-
-    target: Any  # the layer of the cache
-    indexer: LightningIndexer
-    hidden: Tensor
-    position_embeddings: tuple[Tensor, Tensor]
+Waiting = tuple[Any, int, LightningIndexer, Tensor, tuple[Tensor, Tensor]]
+"""A layer whose new index keys are yet to be made: the cache, its number, indexer, hidden states and position embeddings."""
 
 
 @dataclass
@@ -83,7 +78,8 @@ class Forward:
 
     `tied`: the base model takes gradients too, so a layer's alignment loss is tied to its output; otherwise the
     indexer's gradients are made at once. `unaveraged`: DistributedDataParallel doesn't know of a backward pass to come.
-    `waiting`: layers whose index keys nothing reads in this pass; they are made together. `room`: bytes of inputs that may wait yet.
+    `late`: index keys that nothing reads in this pass may be made behind it. `waiting`: layers whose keys are, together.
+    `room`: bytes of inputs that may wait yet.
     """
 
     config: Config
@@ -95,6 +91,7 @@ class Forward:
     serial: int
     tied: bool
     unaveraged: bool
+    late: bool
     selections: dict[tuple[int, int], Selection] = field(default_factory=dict)  # by layer and first query
     inputs: dict[int, tuple[LightningIndexer, tuple[Any, ...]]] = field(default_factory=dict)
     waiting: list[Waiting] = field(default_factory=list)
@@ -103,7 +100,7 @@ class Forward:
 
 @dataclass
 class HandOver:
-    """What the pre-hook of an attention module hands to the attention function inside it.
+    """What is handed to the attention function inside an attention module.
 
     `unquantised`: the new index keys before FP8, which the alignment loss is made of. `aligned`: it is made. `first`: the
     first query, where an MLA model reads with some of them after others.

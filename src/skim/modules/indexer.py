@@ -111,6 +111,14 @@ class LightningIndexer(nn.Module):
             k = layer_norm(k, norm.weight, norm.bias, norm.eps)
         return IndexTensors(rotate(q, cos, sin, self.rope_layout), rotate(k, cos, sin, self.rope_layout), weights)
 
+    def key_parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight of the key's projection, weight and bias of its norm; looked up the short way, for all layers' are asked for at once."""
+        try:
+            wk, norm = self._modules["wk"]._parameters, self._modules["k_norm"]._parameters  # type: ignore[union-attr]
+            return wk["weight"], norm["weight"], norm["bias"]  # type: ignore[return-value]
+        except KeyError:  # somebody wrapped them
+            return self.wk.weight, self.k_norm.weight, self.k_norm.bias
+
     def _angles(self, position_embeddings: tuple[Tensor, Tensor], B: int) -> tuple[Tensor, Tensor]:
         """cos and sin `[B, T, rope_dim / 2]` of the channels that are rotated."""
         cos, sin = (frequencies(table, self.rope_dim, self.repeated_table).expand(B, -1, -1) for table in position_embeddings)
@@ -156,14 +164,14 @@ def cached_keys(indexers: Sequence[LightningIndexer], hidden: Sequence[Tensor], 
         hidden: the layers' inputs, `[B, T, hidden_size]` each.
         position_embeddings: cos and sin `[B, T, n]`, the same for all.
     """
-    one, norms, (B, T, _) = indexers[0], [indexer.k_norm for indexer in indexers], hidden[0].shape
-    x, weight = _stacked(hidden), _stacked([indexer.wk.weight for indexer in indexers])
+    one, (B, T, _), x = indexers[0], hidden[0].shape, _stacked(hidden)
+    weight, norm_weight, norm_bias = (_stacked(parameters) for parameters in zip(*[indexer.key_parameters() for indexer in indexers]))
     projected = torch.bmm(x.to(_own(x, weight)).flatten(1, 2), weight.mT).unflatten(1, (B, T))
     return codec.index_keys(
         projected,
-        _stacked([norm.weight for norm in norms]),
-        _stacked([norm.bias for norm in norms]),
-        norms[0].eps,
+        norm_weight,
+        norm_bias,
+        one.k_norm.eps,
         *one._angles(position_embeddings, B),
         layout=one.rope_layout,
         scale_format=one.scale_format if one.score_dtype == "fp8" else None,

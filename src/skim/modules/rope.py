@@ -26,5 +26,5 @@ def frequencies(table: Tensor, rope_dim: int, repeated: bool = False) -> Tensor:
     n = table.shape[-1]
     if n % rope_dim:
         raise ValueError(f"rope_dim: expected a divisor of the {n} channels that the model rotates, got {rope_dim}")
-    own = table[..., ::2] if repeated else table[..., : n // 2]
-    return own[..., :: n // rope_dim]
+    step = n // rope_dim
+    return table[..., :: 2 * step] if repeated else table[..., : n // 2 : step]

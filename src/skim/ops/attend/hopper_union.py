@@ -24,7 +24,7 @@ from skim.ops.gluon import COPY, LINES, LOG2E, TILES, copy, lse_and_factor
 
 ROWS, KEYS = gl.constexpr(64), gl.constexpr(128)  # of a group of warps; of a block
 STAGES = 3  # blocks in shared memory
-REGISTERS = 216, 80  # a thread of the second `_rows` and of `_gather`; the first takes what is left
+REGISTERS = 208, 96  # a thread of the second `_rows` and of `_gather`; the first takes what is left
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))  # [ROWS, KEYS]
 # The score where a bit of the key's readers is set, else -inf. Of `gl.where` LLVM keeps conditions that rows share, more than a thread has

@@ -55,7 +55,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str, impl: str = "aut
     """Index queries x with their first channels rotated by their positions, in the dtype of x. It has no gradient.
 
     Args:
-        x: `[B, T, J, E]`.
+        x: `[B, T, J, E]`, strides free.
         cos, sin: `[B, T, n]` of the frequencies that 2n <= E channels are rotated by. Strides are free, also 0.
         layout: "half" pairs channel i with i + n (DeepSeek-V3.2's indexer), "interleaved" 2i with 2i + 1 (GLM-5's).
         impl: "auto" or the name of an implementation.
@@ -64,7 +64,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str, impl: str = "aut
         ValueError: an argument of the wrong shape, or an unknown `layout`.
     """
     _expect_positions(x, cos, sin, layout, "BTJE", tuple(x.shape[:2]))
-    return call(_rotate, _run_rotate, x.contiguous(), cos, sin, layout, impl)
+    return call(_rotate, _run_rotate, x, cos, sin, layout, impl)
 
 
 def index_keys(

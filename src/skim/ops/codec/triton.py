@@ -51,12 +51,13 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
-    rotated = torch.empty_like(x)
+    rotated = x.new_empty(x.shape)
     rows, E, tile, grid = _tiling(x)
     if rows:
         cos, sin = _alike(cos, sin)
+        x, apart = _spaced(x)
         _rotate[grid](
-            x, rotated, cos, sin, *cos.stride(), rows, x.shape[1], x.shape[2], E, cos.shape[2],
+            x, rotated, cos, sin, *cos.stride(), rows, x.shape[1], x.shape[2], apart, E, cos.shape[2],
             INTERLEAVED=layout == "interleaved", ROUNDED=x.dtype == cos.dtype, ROWS=tile[0], COLUMNS=tile[1], enable_fp_fusion=False,
         )  # fmt: skip
     return rotated
@@ -88,6 +89,14 @@ def _alike(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     if cos.stride() != sin.stride() or cos.dtype != sin.dtype:
         cos, sin = cos.contiguous(), sin.to(cos.dtype).contiguous()
     return cos, sin
+
+
+def _spaced(x: Tensor) -> tuple[Tensor, int]:
+    """x `[B, T, J, E]`, copied if its rows aren't as far apart everywhere as heads are, and how far that is."""
+    _, T, J, E = x.shape
+    apart = x.stride(2) if J > 1 else x.stride(1)
+    even = x.stride(3) == 1 and (T == 1 or x.stride(1) == J * apart) and (x.shape[0] == 1 or x.stride(0) == T * J * apart)
+    return (x, apart) if even else (x.contiguous(), E)
 
 
 def _tiling(x: Tensor) -> tuple[int, int, tuple[int, int], tuple[int]]:
@@ -211,13 +220,14 @@ def _turn(
 
 @triton.jit
 def _rotate(
-    x_ptr, rotated_ptr, cos_ptr, sin_ptr, stride_b, stride_t, stride_n, rows, T, J, E, half,
+    x_ptr, rotated_ptr, cos_ptr, sin_ptr, stride_b, stride_t, stride_n, rows, T, J, apart, E, half,
     INTERLEAVED: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, place, inside = _places(rows, E, ROWS, COLUMNS)
     partner, _, _, _ = _pairs(half, INTERLEAVED, COLUMNS)
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(x_ptr + row[:, None] * E + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    start = row[:, None] * apart
+    x = tl.load(x_ptr + start + tl.arange(0, COLUMNS)[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(x_ptr + start + partner[None, :], mask=inside, other=0.0).to(tl.float32)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     position = tl.minimum(row, rows - 1) // J
     x = _turn(x, y, cos_ptr, sin_ptr, position, stride_b, stride_t, stride_n, T, half, dtype, INTERLEAVED, ROUNDED, COLUMNS)
