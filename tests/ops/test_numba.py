@@ -233,6 +233,18 @@ def test_attend_has_the_same_bits_for_any_batch_split_workspace_and_thread_count
         assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 
+@pytest.mark.parametrize("dtype", INTEGERS.values(), ids=INTEGERS)
+@pytest.mark.parametrize("T", [1, 40])  # so many read keys a span at a time
+def test_keys_of_several_spans_in_any_order(T, dtype):
+    q, k, v = attention_inputs(1, T, 5000, 3, 1, 64, 48, dtype=dtype)
+    ascending = random_indices(1, T, 1, 600, 5000).sort(-1).values
+    shuffled = ascending[..., torch.randperm(600)]
+    for indices in (ascending, shuffled):
+        out, lse = assert_attends_as_the_reference(q, k, v, indices=indices)
+        last, last_lse = attend(q[:, -1:], k, v, indices=indices[:, -1:], impl="numba")
+        assert torch.equal(last, out[:, -1:]) and torch.equal(last_lse, lse[:, -1:])
+
+
 @pytest.mark.parametrize("T", [2, 40])
 def test_strides_are_free(T):
     q, k, v = (torch.stack((x, x), 2)[:, :, 1].transpose(1, 2).contiguous().transpose(1, 2) for x in attention_inputs(2, T, 90, D=8, V=6))

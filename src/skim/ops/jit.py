@@ -1,4 +1,4 @@
-"""What the operators' numba kernels share: how they are compiled, how calls run in threads, and an exp that vectorises."""
+"""What the operators' numba kernels share: how they are compiled, how calls run in threads, an exp and a maximum that vectorise."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from torch import Tensor
 
 _LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1.4426950408889634), np.float32(0.693359375), np.float32(-2.12194440054690581e-4)
 _LEAST = np.float32(-87.3)  # exp of anything below is no normal float32
 _LARGEST = np.float32(88.0)
+_SIZE = np.int32(2**31 - 1)  # all bits of a float but its sign
+_MINUS_INFINITY = np.int32(np.float32(-np.inf).view(np.int32) ^ _SIZE)  # its place in the order of the integers
 # Taylor's terms: on [-ln 2 / 2, ln 2 / 2] what follows them is below float32's rounding.
 _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / n) for n in (2, 6, 24, 120, 720, 5040))
 
@@ -21,7 +24,7 @@ _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / n) for n in (2, 6, 24, 120, 720, 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiles a function for the types that it is first called with, or takes it from numba's cache; it holds no GIL.
 
-    The cache notices a change of the kernel's own file only: who changes `exp` clears the `__pycache__` of its users.
+    The cache notices a change of the kernel's own file only: who changes `exp` or `largest` clears the `__pycache__` of their users.
     Kernels run in threads of ours, never in numba's: its usual threading layer ends the process if two callers meet in it.
     """
 
@@ -49,9 +52,27 @@ def exp(x):  # type: ignore[no-untyped-def]
     return result if x == x else x
 
 
+@kernel()
+def largest(x):  # type: ignore[no-untyped-def]
+    """The largest of x `[n]`, float32, or -inf; where there is a NaN, that or the largest of the others.
+
+    It compares integers in the order of the floats: a maximum of floats isn't vectorised, for which one it is depends on where a NaN stands.
+    """
+    most = _MINUS_INFINITY
+    for i in range(x.shape[0]):
+        bits = np.float32(x[i]).view(np.int32)
+        most = max(most, np.int32(bits ^ ((bits >> 31) & _SIZE)))
+    return np.int32(most ^ ((most >> 31) & _SIZE)).view(np.float32)
+
+
 def array(x: Tensor) -> np.ndarray:
     """x as a numpy array that shares its memory."""
     return x.detach().numpy()
+
+
+def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """Uninitialised memory that begins where a cache line does, as torch's does and numpy's doesn't: no vector lies in two lines."""
+    return torch.empty(shape, dtype=dtype).numpy()
 
 
 def in_threads(call: Callable[..., object], arguments: Sequence[tuple[Any, ...]], threads: int) -> None:

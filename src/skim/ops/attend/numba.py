@@ -1,7 +1,7 @@
-"""Attention over selected keys compiled for the CPU, forward only: one query and one key head at a time.
+"""Attention over selected keys compiled for the CPU, forward only: one key head at a time.
 
-Keys are gathered a block at a time into float32, so that what follows runs over memory that lies together. All sums are
-made in an order that depends on nothing but the keys that the row reads.
+Many queries read what they selected of a span of keys before any reads of the next, so that keys come from memory once for
+all of them. All sums are made in an order that depends on nothing but the keys that the row reads.
 """
 
 from typing import Any, Optional
@@ -13,10 +13,14 @@ from numba.extending import overload
 from torch import Tensor
 
 from skim.ops.attend.packed import is_packed
-from skim.ops.jit import array, exp, in_threads, kernel
+from skim.ops.jit import array, exp, in_threads, kernel, largest, scratch
 
-KEYS = 64  # gathered at a time
-QUERIES = 64  # of a part that a thread takes
+KEYS = 64  # of a query that are read at a time
+QUERIES = 512  # of a part that a thread takes, which share spans
+FEWEST = 64  # queries that are worth a thread
+SPAN = 1 << 17  # numbers of a span's keys, or of its values: half of what a second-level cache holds
+LINE = 16  # floats of a cache line
+GROUP = 8  # keys that are multiplied together
 INFINITY = np.float32(np.inf)
 # How a half becomes a float32: its exponent and fraction shifted into place, and the exponent's bias corrected by a factor.
 SIGN, REST, TOP, BIAS, FLOAT_TOP = np.uint32(0x8000), np.uint32(0x7FFF), np.uint32(0x7C00), np.float32(2.0**112), np.uint32(0x7F800000)
@@ -55,60 +59,97 @@ def _(x):  # type: ignore[no-untyped-def]
     return half
 
 
+def _rows(x: Any, step: Any, keys: Any, at: Any, room: Any) -> Any:
+    """An array with the rows of x, which lie `step` apart, of the keys `[n]` in float32; writes where in it they begin to at `[n]`.
+
+    They are gathered into room `[., C]`; without a room x is float32 and they stay where they are.
+    """
+
+
+@overload(_rows)
+def _(x, step, keys, at, room):  # type: ignore[no-untyped-def]
+    def gathered(x, step, keys, at, room):  # type: ignore[no-untyped-def]
+        C = room.shape[1]
+        for i in range(keys.shape[0]):
+            first = keys[i] * step
+            source, row = x[first : first + C], room[i]
+            for c in range(C):
+                row[c] = _widen(source[c])
+            at[i] = i * C
+        return room.reshape(-1)
+
+    def in_place(x, step, keys, at, room):  # type: ignore[no-untyped-def]
+        for i in range(keys.shape[0]):
+            at[i] = keys[i] * step
+        return x
+
+    return in_place if room == types.none else gathered
+
+
 @kernel()
-def _gather(x, step, keys, rows):  # type: ignore[no-untyped-def]
-    """rows `[n, C]` of the keys `[n]` of x, which lie `step` apart."""
-    C = rows.shape[1]
-    for i in range(keys.shape[0]):
-        at = keys[i] * step
-        source, row = x[at : at + C], rows[i]
-        for c in range(C):
-            row[c] = _widen(source[c])
+def _read_ahead(x, first, last):  # type: ignore[no-untyped-def]
+    """Brings x from `first` to `last` into the cache: in order, memory is read several times as fast as in the order of selections."""
+    seen = False
+    for i in range(first, min(last, x.shape[0]), LINE):
+        seen |= x[i] > 0
+    return seen
+
+
+# In what follows c and `at` are unsigned: a signed index may count from the end, and asking for that costs more than the sum.
 
 
 @kernel(fastmath={"reassoc", "contract"})
-def _dots(q, k, dots):  # type: ignore[no-untyped-def]
-    """q `[D]` with each of k `[n, D]`: dots `[n]`."""
-    n, D = k.shape
+def _dots(q, x, at, dots):  # type: ignore[no-untyped-def]
+    """q `[h, D]` with each of the keys that begin in x at `[n]`: dots `[h, n]`."""
+    n, channels = at.shape[0], range(np.uintp(q.shape[1]))
     paired = n // 4 * 4
     for i in range(0, paired, 4):
-        k0, k1, k2, k3 = k[i], k[i + 1], k[i + 2], k[i + 3]
-        d0 = d1 = d2 = d3 = np.float32(0)
-        for c in range(D):
-            d0 += q[c] * k0[c]
-            d1 += q[c] * k1[c]
-            d2 += q[c] * k2[c]
-            d3 += q[c] * k3[c]
-        dots[i], dots[i + 1], dots[i + 2], dots[i + 3] = d0, d1, d2, d3
+        k0, k1, k2, k3 = at[i], at[i + 1], at[i + 2], at[i + 3]
+        for j in range(q.shape[0]):
+            d0 = d1 = d2 = d3 = np.float32(0)
+            for c in channels:
+                d0 += q[j, c] * x[k0 + c]
+                d1 += q[j, c] * x[k1 + c]
+                d2 += q[j, c] * x[k2 + c]
+                d3 += q[j, c] * x[k3 + c]
+            dots[j, i], dots[j, i + 1], dots[j, i + 2], dots[j, i + 3] = d0, d1, d2, d3
     for i in range(paired, n):
-        d0 = np.float32(0)
-        for c in range(D):
-            d0 += q[c] * k[i, c]
-        dots[i] = d0
+        k0 = at[i]
+        for j in range(q.shape[0]):
+            d0 = np.float32(0)
+            for c in channels:
+                d0 += q[j, c] * x[k0 + c]
+            dots[j, i] = d0
 
 
 @kernel(fastmath={"contract"})
-def _add_values(p, v, out):  # type: ignore[no-untyped-def]
-    """Adds p `[n]` times v `[n, V]` to out `[V]`."""
-    n, V = v.shape
-    paired = n // 4 * 4
-    for i in range(0, paired, 4):
-        p0, p1, p2, p3 = p[i], p[i + 1], p[i + 2], p[i + 3]
-        v0, v1, v2, v3 = v[i], v[i + 1], v[i + 2], v[i + 3]
-        for c in range(V):
-            out[c] = out[c] + p0 * v0[c] + p1 * v1[c] + p2 * v2[c] + p3 * v3[c]
+def _add_values(p, lse, x, at, out):  # type: ignore[no-untyped-def]
+    """Adds p `[h, n]` times the values that begin in x at `[n]` to out `[h, V]`, but for heads that are empty by their lse `[h]`."""
+    n, channels = at.shape[0], range(np.uintp(out.shape[1]))
+    paired = n // GROUP * GROUP
+    for i in range(0, paired, GROUP):
+        v0, v1, v2, v3, v4, v5, v6, v7 = at[i], at[i + 1], at[i + 2], at[i + 3], at[i + 4], at[i + 5], at[i + 6], at[i + 7]
+        for j in range(p.shape[0]):
+            if lse[j] != -INFINITY:
+                p0, p1, p2, p3 = p[j, i], p[j, i + 1], p[j, i + 2], p[j, i + 3]
+                p4, p5, p6, p7 = p[j, i + 4], p[j, i + 5], p[j, i + 6], p[j, i + 7]
+                for c in channels:
+                    four = out[j, c] + p0 * x[v0 + c] + p1 * x[v1 + c] + p2 * x[v2 + c] + p3 * x[v3 + c]
+                    out[j, c] = four + p4 * x[v4 + c] + p5 * x[v5 + c] + p6 * x[v6 + c] + p7 * x[v7 + c]
     for i in range(paired, n):
-        for c in range(V):
-            out[c] += p[i] * v[i, c]
+        v0 = at[i]
+        for j in range(p.shape[0]):
+            if lse[j] != -INFINITY:
+                p0 = p[j, i]
+                for c in channels:
+                    out[j, c] += p0 * x[v0 + c]
 
 
 @kernel(fastmath={"reassoc"})
 def _softmax(scores):  # type: ignore[no-untyped-def]
     """Makes scores `[n]` exp(scores - shift); returns shift and their sum: 0 where no score is above -inf, NaN where one is."""
-    largest = -INFINITY
-    for i in range(scores.shape[0]):
-        largest = max(largest, scores[i])
-    shift = largest if largest > -INFINITY else np.float32(0)
+    most = largest(scores)
+    shift = most if most > -INFINITY else np.float32(0)
     total = np.float32(0)
     for i in range(scores.shape[0]):
         scores[i] = exp(scores[i] - shift)
@@ -117,48 +158,77 @@ def _softmax(scores):  # type: ignore[no-untyped-def]
 
 
 @kernel()
+def _probabilities(scores, sink):  # type: ignore[no-untyped-def]
+    """Makes scores `[n]` of a head with a sink probabilities; returns the lse."""
+    shift, total = _softmax(scores)
+    if total == 0:
+        return -INFINITY
+    lse = np.float32(shift + np.log(total))
+    share = np.float32(1) / (np.float32(1) + np.exp(sink - lse))
+    for i in range(scores.shape[0]):
+        scores[i] *= share / total
+    return lse
+
+
+@kernel()
+def _below(keys, first, end):  # type: ignore[no-untyped-def]
+    """The slot up to which keys `[n]` from slot `first` on are below `end`, or up to 7 less: whole groups, but for the row's last."""
+    slot = first
+    while slot < keys.shape[0] and keys[slot] < end:
+        slot += 1
+    return slot if slot == keys.shape[0] else slot - (slot - first) % GROUP
+
+
+@kernel()
 def _attend(  # type: ignore[no-untyped-def]
-    q, k, k_step, v, v_step, indices, first_head, sink, keys, scores, k_rows, v_rows, out, lse
+    q, k, k_step, v, v_step, span, indices, first_head, sink, keys, scores, k_room, v_room, out, lse
 ):
     """The heads of one key head of queries q `[n, H, D]` with keys `[n, K]` of indices: into out `[n, H, V]` and lse `[n, H]`.
 
-    keys `[K]`, scores `[h, K]`, k_rows `[., D]` and v_rows `[., V]` are scratch; h is how many heads there are.
+    keys `[., K]`, scores `[., h, K]`, and k_room `[KEYS, D]` and v_room `[KEYS, V]` or None are scratch; h is how many heads there are.
     """
-    h, heads = scores.shape[0], first_head
-    for t in range(q.shape[0]):
-        n = 0
+    n, h, at = q.shape[0], scores.shape[1], np.empty(KEYS, np.uintp)
+    heads, counts = slice(first_head, first_head + h), np.zeros(n, np.int64)
+    low, high = np.int64(2**31), np.int64(0)  # what any of the queries reads lies between
+    for t in range(n):
+        count = 0
         for slot in range(indices.shape[1]):
-            if indices[t, slot] >= 0:
-                keys[n] = indices[t, slot]
-                n += 1
-        for first in range(0, n, KEYS):
-            last = min(first + KEYS, n)
-            rows = k_rows[: last - first]
-            _gather(k, k_step, keys[first:last], rows)
-            for j in range(h):
-                _dots(q[t, heads + j], rows, scores[j, first:last])
+            keys[t, count] = indices[t, slot]
+            count += indices[t, slot] >= 0
+        for key in keys[t, :count]:
+            low, high = min(low, key), max(high, key + 1)
+        counts[t] = count
+    slots = np.zeros(n, np.int64)
+    for end in range(low + span, high + span, span):
+        if k_room is None:
+            at[0] = _read_ahead(k, (end - span) * k_step, end * k_step)  # overwritten; but without a use it would be left out
+        for t in range(n):
+            first, slots[t] = slots[t], _below(keys[t, : counts[t]], slots[t], end)
+            for i in range(first, slots[t], KEYS):
+                some = slice(i, min(i + KEYS, slots[t]))
+                rows = _rows(k, k_step, keys[t, some], at, k_room)
+                _dots(q[t, heads], rows, at[: some.stop - i], scores[t, :, some])
+    for t in range(n):
         for j in range(h):
-            shift, total = _softmax(scores[j, :n])
-            out[t, heads + j] = 0
-            lse[t, heads + j] = -INFINITY
-            if total == 0:
-                scores[j, :n] = 0
-            else:
-                lse[t, heads + j] = shift + np.log(total)
-                share = np.float32(1) / (np.float32(1) + np.exp(sink[heads + j] - lse[t, heads + j]))
-                for i in range(n):
-                    scores[j, i] *= share / total
-        for first in range(0, n, KEYS):
-            last = min(first + KEYS, n)
-            rows = v_rows[: last - first]
-            _gather(v, v_step, keys[first:last], rows)
-            for j in range(h):
-                if lse[t, heads + j] != -INFINITY:
-                    _add_values(scores[j, first:last], rows, out[t, heads + j])
+            lse[t, first_head + j] = _probabilities(scores[t, j, : counts[t]], sink[first_head + j])
+    slots = np.zeros(n, np.int64)
+    out[:, heads] = 0
+    for end in range(low + span, high + span, span):
+        if v_room is None:
+            at[0] = _read_ahead(v, (end - span) * v_step, end * v_step)
+        for t in range(n):
+            first, slots[t] = slots[t], _below(keys[t, : counts[t]], slots[t], end)
+            for i in range(first, slots[t], KEYS):
+                some = slice(i, min(i + KEYS, slots[t]))
+                rows = _rows(v, v_step, keys[t, some], at, v_room)
+                _add_values(scores[t, :, some], lse[t, heads], rows, at[: some.stop - i], out[t, heads])
 
 
 def _head(x: Tensor, b: int, g: int, pack: bool) -> tuple[np.ndarray, int]:
-    """The numbers, or their bits, of head g of x `[B, S, G, C]` as they lie in memory, and how far apart its keys are."""
+    """The numbers, or their bits, of head g of x `[B, S, G, C]` as they lie in memory, and how far apart its keys are.
+
+    With `pack` they are in float32 and lie together.
+    """
     head = x.detach()[b, :, g]
     head = head.to(torch.float32) if pack else head
     head = head.contiguous() if pack or head.stride(1) != 1 else head
@@ -181,22 +251,26 @@ def attend(
     outs, lses = array(out), array(lse)
 
     h = H // G
-    fitting = (workspace_mb << 20) // (4 * ((h + 2) * K + KEYS * (D + v_channels)))
-    threads = max(1, min(torch.get_num_threads(), fitting, B * T * G // QUERIES))
-    shapes = (h, K), (KEYS, D), (KEYS, v_channels)
-    scratch = [(np.empty(K, np.int64), *(np.empty(shape, np.float32) for shape in shapes)) for _ in range(threads)]
+    fitting = (workspace_mb << 20) // (4 * ((h + 1) * K + D + v_channels))  # queries
+    threads = max(1, min(torch.get_num_threads(), fitting, B * T * G // FEWEST))
+    step = max(1, min(QUERIES, fitting // threads, B * T * G // threads))
+    pack = min(T, 4 * step) * K > 4 * S  # keys that are read often are worth a copy that lies together, and spans: one head at a time
+    span = max(1, SPAN // max(D, v_channels) if pack else S)
+    own = [
+        (scratch(step, K, dtype=torch.int32), scratch(step, h, K), *(None if pack else scratch(KEYS, C) for C in (D, v_channels)))
+        for _ in range(threads)
+    ]
 
     def part(thread: int, b: int, g: int, first: int, *keys_and_values: Any) -> None:
-        some = slice(first, first + QUERIES)
-        _attend(queries[b, some], *keys_and_values, reads[b, some, g * R // G], g * h, sinks, *scratch[thread], outs[b, some], lses[b, some])
+        some, results = slice(first, first + step), (outs[b, first : first + step], lses[b, first : first + step])
+        _attend(queries[b, some], *keys_and_values, span, reads[b, some, g * R // G], g * h, sinks, *own[thread], *results)
 
     heads = [(b, g) for b in range(B) for g in range(G)]
-    pack = T * K > 4 * S  # keys that are read often are worth a copy that lies together, one head at a time
     for some in [[head] for head in heads] if pack else [heads]:
         parts = []
         for b, g in some:
             keys = _head(k, b, g, pack)
             values = keys if v is None else _head(v, b, g, pack)
-            parts += [(b, g, first, *keys, *values) for first in range(0, T, QUERIES)]
+            parts += [(b, g, first, *keys, *values) for first in range(0, T, step)]
         in_threads(part, parts, threads)
     return out.to(q.dtype), lse

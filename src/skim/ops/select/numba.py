@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skim.ops.jit import array, exp, in_threads, kernel
+from skim.ops.jit import array, exp, in_threads, kernel, largest, scratch
 from skim.ops.score.pages import in_one_piece
 from skim.ops.score.weights import head_weights
 
@@ -20,8 +20,7 @@ KEYS = 256  # of a tile
 PITCH = KEYS + 16  # floats between two channels of a tile: a power of two would send all channels to the same cache lines
 CHANNELS = 4  # multiplied at a time
 DOTS = 4  # rows of q (a query's head each) that are multiplied at a time
-QUERIES = 16  # that share a tile while it is in the caches; a thread holds their scores
-TILES = 16  # of a part that a thread makes
+QUERIES = 128  # that share a tile while it is in the caches; a thread holds their scores
 INFINITY = np.float32(np.inf)
 LOWEST, HIGHEST = np.int32(-(2**31)), np.int32(2**31 - 1)
 
@@ -34,17 +33,15 @@ def refusal(function: str, args: tuple[Any, ...]) -> Optional[str]:
 
 
 @kernel()
-def _tile(k, first, tiles):  # type: ignore[no-untyped-def]
-    """The keys of k `[S, E]` from `first` on, channels before keys: tiles `[n, channels, PITCH]`, zeros behind the last key and channel."""
+def _tile(k, first, tile):  # type: ignore[no-untyped-def]
+    """The keys of k `[S, E]` from `first` on, channels before keys: tile `[channels, PITCH]`, zeros behind the last key and channel."""
     S, E = k.shape
-    for i in range(tiles.shape[0]):
-        tile, origin = tiles[i], first + i * KEYS
-        count = min(KEYS, S - origin)
-        if count < KEYS or tile.shape[0] > E:
-            tile[:] = 0
-        for s in range(count):
-            for e in range(E):
-                tile[e, s] = k[origin + s, e]
+    count = min(KEYS, S - first)
+    if count < KEYS or tile.shape[0] > E:
+        tile[:] = 0
+    for s in range(count):
+        for e in range(E):
+            tile[e, s] = k[first + s, e]
 
 
 @kernel(fastmath={"contract"})
@@ -77,13 +74,14 @@ def _add_head(dots, w, further, scores):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def _score(q, w, tiles, dots, scores):  # type: ignore[no-untyped-def]
-    """Scores `[., n * KEYS]` of the keys of tiles `[n, channels, PITCH]` for queries with head weights w `[t, J]`, q `[t * J, channels]`."""
+def _score(q, w, k, first, last, tile, dots, scores):  # type: ignore[no-untyped-def]
+    """Scores `[., n * KEYS]` of keys `first` to `last` of k `[S, E]` for queries with head weights w `[t, J]`, q `[t * J, channels]`."""
     n, J = w.shape
-    for tile in range(tiles.shape[0]):
-        part = slice(tile * KEYS, tile * KEYS + KEYS)
+    for origin in range(first, last, KEYS):
+        _tile(k, origin, tile)
+        part = slice(origin - first, origin - first + KEYS)
         for row in range(0, q.shape[0], DOTS):
-            _multiply(q, row, tiles[tile], dots)
+            _multiply(q, row, tile, dots)
             for i in range(DOTS):
                 t, j = divmod(row + i, J)
                 if t < n:
@@ -106,7 +104,7 @@ def _count(ranks, least):  # type: ignore[no-untyped-def]
     """How many ranks are at least `least`."""
     count = np.int32(0)
     for s in range(ranks.shape[0]):
-        count += np.int32(ranks[s] >= least)
+        count = np.int32(count + (ranks[s] >= least))  # numba would make 64 bits of the sum, and vectors half as long
     return count
 
 
@@ -144,35 +142,31 @@ def _keep(ranks, budget, start, indices):  # type: ignore[no-untyped-def]
 
 @kernel(fastmath={"reassoc"})
 def _logsumexp(scores):  # type: ignore[no-untyped-def]
-    largest = -INFINITY
-    for s in range(scores.shape[0]):
-        largest = max(largest, scores[s])
-    shift = largest if abs(largest) < INFINITY else np.float32(0)
+    most = largest(scores)
+    shift = most if abs(most) < INFINITY else np.float32(0)
     total = np.float32(0)
     for s in range(scores.shape[0]):
         total += exp(scores[s] - shift)
-    if largest == INFINITY and total == total:
-        return largest
+    if most == INFINITY and total == total:
+        return most
     return shift + np.log(total)
 
 
 @kernel()
 def _select(  # type: ignore[no-untyped-def]
-    q, w, tiles, first, k_scale, start, end, keep_first, keep_recent, dots, scores, ranks, indices, counts, chosen, lse
+    q, w, k, k_scale, start, end, keep_first, keep_recent, tile, dots, scores, ranks, indices, counts, chosen, lse
 ):
-    """Selects for the n queries of start, end `[n]`, key `first` begins the tiles; chosen and k_scale may have no rows.
+    """Selects for the n queries of start, end `[n]`; chosen and k_scale may have no rows.
 
-    indices is -1, chosen and lse are -inf before.
+    chosen and lse are -inf before.
     """
     n, budget = indices.shape
     with_scores = chosen.shape[0] > 0
-    low, high = first + tiles.shape[0] * KEYS, first
+    low, high = k.shape[0], 0
     for t in range(n):
         if end[t] - start[t] > (0 if with_scores else budget):  # only then it needs scores
             low, high = min(low, start[t]), max(high, end[t])
-    from_tile, to_tile = (low - first) // KEYS, (high - first + KEYS - 1) // KEYS
-    low = first + from_tile * KEYS
-    _score(q, w, tiles[from_tile:to_tile], dots, scores)
+    _score(q, w, k, low, high, tile, dots, scores)
     for t in range(n):
         size = max(0, end[t] - start[t])
         counts[t] = min(size, budget)
@@ -183,6 +177,7 @@ def _select(  # type: ignore[no-untyped-def]
         if size <= budget:
             for s in range(size):
                 indices[t, s] = start[t] + s
+            indices[t, size:] = -1
         else:
             _rank(row, keep_first, keep_recent, ranks[:size])
             _keep(ranks[:size], budget, start[t], indices[t])
@@ -218,40 +213,34 @@ def select(
     B, T, J, E = q.shape
     k, k_scale = in_one_piece(k, k_scale, block_table)
     S = k.shape[1]
-    indices = torch.full((B, T, budget), -1, dtype=torch.int32, device=q.device)
-    counts = torch.zeros(B, T, dtype=torch.int32, device=q.device)
+    indices = torch.empty(B, T, budget, dtype=torch.int32, device=q.device)
+    counts = torch.empty(B, T, dtype=torch.int32, device=q.device)
     chosen = torch.full((B, T, budget) if with_scores else (0,), -torch.inf, dtype=torch.float32, device=q.device)
     lse = torch.full((B, T) if with_scores else (0,), -torch.inf, dtype=torch.float32, device=q.device)
 
     start, end = start.clamp(min=0).contiguous(), end.clamp(max=S).contiguous()
-    scored = end - start > (0 if with_scores else budget)  # who keeps all that it sees needs no scores
-    origin, last = (int(start[scored].min()), int(end[scored].max())) if bool(scored.any()) else (0, 0)
-
     rows, keys = _padded(q.flatten(1, 2), DOTS, CHANNELS), _padded(k, 1, 1)
     scales = np.empty((B, 0), np.float32) if k_scale is None else array(k_scale.to(torch.float32).contiguous())
-    tiles = np.empty((B, -(-(last - origin) // KEYS), rows.shape[2], PITCH), np.float32)
     of_query = [_padded(head_weights(weights, q_scale, E), 1, 1), array(start), array(end)]
     found = [array(x) for x in (indices, counts)]
     with_them = [array(x) for x in (chosen, lse)]
 
     together = DOTS // gcd(J, DOTS)  # so many queries have a multiple of DOTS rows
-    width = tiles.shape[1] * KEYS
+    scored = end - start > (0 if with_scores else budget)  # who keeps all that it sees needs no scores
+    width = int(end[scored].max() - start[scored].min()) if bool(scored.any()) else 0
+    width = -(-width // KEYS) * KEYS
     fitting = (workspace_mb << 20) // (4 * max(1, width))  # rows of scores, or of ranks
     threads = min(torch.get_num_threads(), max(1, fitting // (together + 1)))
-    step = max(together, min(QUERIES, fitting // threads - 1) // together * together)
-    shapes = (DOTS, KEYS), (min(step, T), width)
-    scratch = [[*(np.empty(shape, np.float32) for shape in shapes), np.empty(width, np.int32)] for _ in range(threads)]
-
-    def tile(_: int, b: int, first: int) -> None:
-        _tile(keys[b], origin + first * KEYS, tiles[b, first : first + TILES])
+    step = max(together, min(QUERIES, fitting // threads - 1, B * T // threads) // together * together)
+    shapes = (rows.shape[2], PITCH), (DOTS, KEYS), (min(step, T), width)
+    own = [(*(scratch(*shape) for shape in shapes), scratch(width, dtype=torch.int32)) for _ in range(threads)]
 
     def part(thread: int, b: int, first: int) -> None:
         some, of_rows = slice(first, first + step), slice(first * J, -(-min(first + step, T) * J // DOTS) * DOTS)
         w, *interval = (x[b, some] for x in of_query)
         wanted = [x[b, some] for x in with_them] if with_scores else [with_them[0].reshape(0, budget), with_them[1]]
         results = *(x[b, some] for x in found), *wanted
-        _select(rows[b, of_rows], w, tiles[b], origin, scales[b], *interval, keep_first, keep_recent, *scratch[thread], *results)
+        _select(rows[b, of_rows], w, keys[b], scales[b], *interval, keep_first, keep_recent, *own[thread], *results)
 
-    in_threads(tile, [(b, first) for b in range(B) for first in range(0, tiles.shape[1], TILES)], threads)
     in_threads(part, [(b, first) for first in reversed(range(0, T, step)) for b in range(B)], threads)  # the longest rows first
     return indices, counts, chosen, lse
