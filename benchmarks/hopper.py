@@ -79,7 +79,9 @@ def _count(COUNTS, task, width, BLOCKS: gl.constexpr, V: gl.constexpr):
 
 
 @gluon.jit
-def _gather(K_, k_s, S, READS, COUNTS, width, tasks, keys, rope, readers, ready, free, free_right, BLOCKS: gl.constexpr, V: gl.constexpr):
+def _gather(
+    K_, k_s, S, READS, COUNTS, width, tasks, left, right, rope, readers, ready, free, free_right, BLOCKS: gl.constexpr, V: gl.constexpr,
+):  # fmt: skip
     slot = gl.arange(0, KEYS, gl.SliceLayout(1, COPY))
     block = 0
     for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
@@ -97,12 +99,12 @@ def _gather(K_, k_s, S, READS, COUNTS, width, tasks, keys, rope, readers, ready,
             if V.left_first:
                 half = gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, COPY)), 0)
                 rotated = gl.expand_dims(gl.arange(0, KEYS, gl.SliceLayout(0, COPY)), 0)
-                copy(keys.index(stage).slice(0, HALF, dim=1), source + half, mask=real)
+                copy(left.index(stage), source + half, mask=real)
                 mbarrier.wait(free_right.index(stage), phase)
-                copy(keys.index(stage).slice(HALF, HALF, dim=1), source + HALF + half, mask=real)
+                copy(right.index(stage), source + HALF + half, mask=real)
                 copy(rope.index(stage), source + VALUES + rotated, mask=real)
             else:
-                _copy_rows(keys.index(stage), rope.index(stage), source, real, KEYS)
+                _copy_rows(left.index(stage), right.index(stage), rope.index(stage), source, real, KEYS)
             readers.index(stage).store(bits)
             async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             mbarrier.arrive(ready.index(stage), count=1)
@@ -111,7 +113,7 @@ def _gather(K_, k_s, S, READS, COUNTS, width, tasks, keys, rope, readers, ready,
 
 @gluon.jit
 def _scores(
-    OUT, LSE, COUNTS, width, tasks, T, scale, q, q_rope, keys, p, readers, rescale, factors,
+    OUT, LSE, COUNTS, width, tasks, T, scale, q, q_rope, left, right, p, readers, rescale, factors,
     queries, ready, free, p_ready, done, BLOCKS: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     of_scores: gl.constexpr = gl.SliceLayout(1, SCORES)
@@ -129,8 +131,9 @@ def _scores(
             stage = block % STAGES
             mbarrier.wait(ready.index(stage), block // STAGES & 1)
             fence_async_shared()
-            k = keys.index(stage)
-            s = warpgroup_mma(q, k.permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, SCORES), use_acc=False, is_async=True)
+            s = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+            s = warpgroup_mma(q.slice(0, HALF, dim=1), left.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+            s = warpgroup_mma(q.slice(HALF, HALF, dim=1), right.index(stage).permute((1, 0)), s, is_async=True)
             s = warpgroup_mma(rotated, p.index(stage).permute((1, 0)), s, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             bits = gl.expand_dims(readers.index(stage).load(gl.SliceLayout(0, SCORES)), 0)
@@ -151,8 +154,7 @@ def _scores(
             fence_async_shared()
             mbarrier.arrive(p_ready.index(stage), count=1)
             acc = acc * gl.expand_dims(gl.convert_layout(alpha, of_sums), 1)
-            left = gl.convert_layout(weight, gl.DotOperandLayout(0, SUMS, 2))
-            acc = warpgroup_mma(left, k.slice(0, HALF, dim=1), acc, is_async=True)
+            acc = warpgroup_mma(gl.convert_layout(weight, gl.DotOperandLayout(0, SUMS, 2)), left.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index(stage), count=1)
             block += 1
@@ -162,13 +164,13 @@ def _scores(
         mbarrier.arrive(done, count=1)
         lse = gl.where(empty, float("-inf"), (largest + gl.log2(total)) / LOG2E)
         gl.store(LSE + task * ROWS + gl.arange(0, ROWS, of_scores), lse)
-        _store_half(OUT, acc, gl.convert_layout(factor, of_sums), task // BLOCKS, task % BLOCKS * ROWS, T, BLOCKS * ROWS, ROWS, 1)
+        _store_half(OUT, acc, gl.convert_layout(factor, of_sums), task // BLOCKS, task % BLOCKS * ROWS, T, BLOCKS * ROWS, ROWS, 1, SUMS)
         phase ^= 1
 
 
 @gluon.jit
 def _right_half(
-    Q, q_t, q_h, OUT, COUNTS, width, tasks, T, q, q_rope, keys, p, rescale, factors, queries, free, free_right, p_ready, done,
+    Q, q_t, q_h, OUT, COUNTS, width, tasks, T, q, q_rope, right, p, rescale, factors, queries, free, free_right, p_ready, done,
     DR: gl.constexpr, BLOCKS: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     of_sums: gl.constexpr = gl.SliceLayout(1, SUMS)
@@ -184,7 +186,7 @@ def _right_half(
             if V.left_first:
                 mbarrier.wait(free.index(stage), block // STAGES & 1)
             fence_async_shared()
-            acc = warpgroup_mma(p.index(stage), keys.index(stage).slice(HALF, HALF, dim=1), acc, is_async=True)
+            acc = warpgroup_mma(p.index(stage), right.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free_right.index(stage), count=1)
             block += 1
@@ -193,7 +195,7 @@ def _right_half(
         after = task + gl.num_programs(0)
         if after < tasks:
             _load_queries(Q, q_t, q_h, after // BLOCKS, after % BLOCKS * ROWS, T, q, q_rope, queries, BLOCKS * ROWS, DR, ROWS)
-        _store_half(OUT + HALF, acc, factor, task // BLOCKS, task % BLOCKS * ROWS, T, BLOCKS * ROWS, ROWS, 1)
+        _store_half(OUT + HALF, acc, factor, task // BLOCKS, task % BLOCKS * ROWS, T, BLOCKS * ROWS, ROWS, 1, SUMS)
         phase ^= 1
 
 
@@ -203,38 +205,38 @@ def forward(Q, K_, OUT, LSE, READS, COUNTS, scale, T, S, width, tasks, q_t, q_h,
     dtype: gl.constexpr = Q.dtype.element_ty
     q = gl.allocate_shared_memory(dtype, [ROWS, VALUES], TILES)
     q_rope = gl.allocate_shared_memory(dtype, [ROWS, DR], TILES)
-    keys = gl.allocate_shared_memory(dtype, [STAGES, KEYS, VALUES], TILES)
+    left = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HALF], TILES)
+    right = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HALF], TILES)
     p = gl.allocate_shared_memory(dtype, [STAGES, ROWS, KEYS], TILES)  # the rotated channels of a block, then its probabilities
     readers = gl.allocate_shared_memory(gl.int32, [STAGES, KEYS], LINES)
     rescale = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], LINES)
     factors = gl.allocate_shared_memory(gl.float32, [ROWS], LINES)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    right = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free_right = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     p_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     queries = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=129)
         mbarrier.init(free.index(stage), count=1 if V.left_first else 2)
-        mbarrier.init(right.index(stage), count=1)
+        mbarrier.init(free_right.index(stage), count=1)
         mbarrier.init(p_ready.index(stage), count=1)
     mbarrier.init(queries, count=128)
     mbarrier.init(done, count=1)
-    free_right = free
-    if V.left_first:
-        free_right = right
+    if not V.left_first:
+        free_right = free
     gl.warp_specialize(
         [
             (_scores, (
-                OUT, LSE, COUNTS, width, tasks, T, scale, q, q_rope, keys, p, readers, rescale, factors,
+                OUT, LSE, COUNTS, width, tasks, T, scale, q, q_rope, left, right, p, readers, rescale, factors,
                 queries, ready, free, p_ready, done, BLOCKS, V,
             )),
             (_right_half, (
-                Q, q_t, q_h, OUT, COUNTS, width, tasks, T, q, q_rope, keys, p, rescale, factors,
+                Q, q_t, q_h, OUT, COUNTS, width, tasks, T, q, q_rope, right, p, rescale, factors,
                 queries, free, free_right, p_ready, done, DR, BLOCKS, V,
             )),
-            (_gather, (K_, k_s, S, READS, COUNTS, width, tasks, keys, p, readers, ready, free, free_right, BLOCKS, V)),
+            (_gather, (K_, k_s, S, READS, COUNTS, width, tasks, left, right, p, readers, ready, free, free_right, BLOCKS, V)),
         ],
         [4, 4],
         [168, 80],

@@ -26,7 +26,7 @@ from compiled import compiling  # noqa: E402
 from skim.ops.checks import expect_index_inputs  # noqa: E402
 
 MODES = ("rows", "union", "dense")  # of skim.ops.attend.triton
-FIELDS = ("registers", "spilled", "shared", "warps", "products", "handed_over", "fused_sums", "sums_of_products")
+FIELDS = ("registers", "spilled", "shared", "warps", "products", "handed_over", "overwritten", "fused_sums", "sums_of_products")
 Call = tuple[str, Callable[[], object]]
 
 

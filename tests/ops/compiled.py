@@ -48,6 +48,13 @@ class Compiled:
         return dict(Counter(before for before, step in pairwise(steps) if step.endswith("arrive") and step.startswith("@")))
 
     @property
+    def overwritten(self) -> list[str]:
+        """Where copies are overwritten with what is made of them: the last 16 bytes that a thread loads in a row, and what comes right behind."""
+        made = re.search(r"cp\.async\.mbarrier\.arrive(.*?)fence\.proxy\.async", self.ptx, re.DOTALL)
+        steps = " ".join(re.findall(r"[ls][dt]\.shared\.v4|bar\.sync", made[1])) if made else ""
+        return (re.findall(r"(?:ld\.shared\.v4 )+\S+", steps) or [""])[-1].split()
+
+    @property
     def fused_sums(self) -> int:
         """How many sums over threads round a thread's own product last: each thread then has other bits of the same sum."""
         shared = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%r\d+)", self.ptx))

@@ -9,8 +9,8 @@ the keys of each in blocks of 64, two of them in shared memory, with three group
 - `_right_half` loads the queries, the next task's before it stores the output of the last, and multiplies the probabilities
   with the right half of the block's values;
 - `_gather` copies the keys of the next block, 16 bytes at a time, zeros where there is none, so that keys nobody reads
-  may hold anything. It does not stop between tasks. For packed latents (see packed.py) `_unpack` takes its
-  place: they pass through its registers, where they are dequantised, those of the next block already on their way.
+  may hold anything. It does not stop between tasks. For packed latents (see packed.py) `_unpack` takes its place, in
+  eight warps: it copies their codes to where the right half of the block's channels goes, and dequantises them from there.
 
 The probabilities lie where the rotated channels of their block were, which nobody needs once it is scored. The groups hand
 over through barriers in shared memory. A barrier's n-th wait is for phase n % 2; who waits for something to become free
@@ -42,7 +42,7 @@ SHARED = gl.constexpr(LATENT_BLOCK)  # channels of a packed latent with one scal
 SCALES = gl.constexpr(packed.SCALES)  # of a packed latent, in the words behind its codes; its rotated channels follow
 HEADS = 16  # fewer are padded to as many rows
 REGISTERS = 168, 80  # a thread of `_right_half` and of `_gather`; `_scores` takes what is left
-REGISTERS_PACKED = 160, 136  # of `_right_half` and of `_unpack`
+REGISTERS_PACKED = 160, 72  # of `_right_half` and of `_unpack`
 UNION_MB = 256  # more makes nothing faster: a chunk fills the card
 PARTS_MB = 64  # of split walks; more would take longer to merge than splitting saves
 
@@ -50,6 +50,7 @@ PARTS_MB = 64  # of split walks; more would take longer to merge than splitting 
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))  # [ROWS, HALF]
+NARROW = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))  # the same in programs of 16 warps, whose products get 128 registers
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # [ROWS, KEYS]
 # As SUMS, but a thread holds 8 neighbouring channels of a row instead of 2: what it stores is 16 bytes.
 WIDE = gl.constexpr(
@@ -57,7 +58,10 @@ WIDE = gl.constexpr(
         [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 256]
     )
 )
-WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))  # 16 bytes a thread; what neighbours store of two rows lies in other banks
+COPY_WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0]))  # as COPY, in the warps of `_unpack`
+WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0]))  # 16 bytes a thread; what neighbours store of two rows lies in other banks
+CODES = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 2, [1, 0]))  # what neighbours with WORDS load of two rows lies in other banks
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 TILES_OF_WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))  # the bytes of TILES
 
 # Of a word of four e4m3 codes and their scale: two words of two bfloat16 each, rounded once.
@@ -180,11 +184,11 @@ def _row(first_query, first_head, T, H: gl.constexpr, BLOCK_H: gl.constexpr, lay
 
 
 @gluon.jit
-def _copy_rows(into, rope, source, ok, DR: gl.constexpr):
+def _copy_rows(left, right, rope, source, ok, DR: gl.constexpr):
     """Copy the channels of rows that begin at `source` `[rows, 1]`; zeros where not `ok`."""
     channel = gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, COPY)), 0)
-    for half in gl.static_range(VALUES // HALF):
-        copy(into.slice(half * HALF, HALF, dim=1), source + half * HALF + channel, mask=ok)
+    copy(left, source + channel, mask=ok)
+    copy(right, source + HALF + channel, mask=ok)
     if DR > 0:
         copy(rope, source + VALUES + gl.expand_dims(gl.arange(0, DR, gl.SliceLayout(0, COPY)), 0), mask=ok)
 
@@ -214,7 +218,7 @@ def _who(BITS, at, end, key, real, TILE: gl.constexpr, DENSE: gl.constexpr, layo
 
 @gluon.jit
 def _gather(
-    K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+    K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, left, right, rope, readers, ready, free,
     DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """Copy block after block of the keys in READS, with what says who reads them."""
@@ -230,7 +234,8 @@ def _gather(
             who = _who(BITS + list_, at, end, key, real, TILE, DENSE, of_rows)
             mbarrier.wait(free.index(stage), (block // STAGES & 1) ^ 1)
             readers.index(stage).store(who)
-            _copy_rows(keys.index(stage), rope.index(stage), gl.expand_dims(K + b * k_b + key * k_s, 1), gl.expand_dims(real, 1), DR)
+            source = gl.expand_dims(K + b * k_b + key * k_s, 1)
+            _copy_rows(left.index(stage), right.index(stage), rope.index(stage), source, gl.expand_dims(real, 1), DR)
             async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)  # each thread, when its copies are there
             mbarrier.arrive(ready.index(stage), count=1)
             block += 1
@@ -238,31 +243,31 @@ def _gather(
 
 @gluon.jit
 def _unpack(
-    K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
-    DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, DENSE: gl.constexpr,
+    K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, left, right, rope, scales, readers, copied, ready, free,
+    TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
-    """As `_gather`, of packed latents: K is of words, k_b and k_s count bytes. Codes are loaded a block ahead, and which keys' two."""
-    of_rows: gl.constexpr = gl.SliceLayout(1, WORDS)
+    """As `_gather`, of packed latents, and dequantise them. K is of words, k_b and k_s count bytes."""
+    of_rows: gl.constexpr = gl.SliceLayout(1, COPY_WORDS)
     block = 0
     for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
         b, _, _, _ = _place(task, first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
         begin, end = _walk(READS, COUNTS, task, first, T, S, width, TILE, BLOCKS, SPLITS, DENSE)
         list_ = (task // BLOCKS // SPLITS).to(gl.int64) * width
-        row = K + b * (k_b // 4)
-        key = _key(READS + list_, begin, end, S, DENSE, of_rows)
-        following = _key(READS + list_, begin + KEYS, end, S, DENSE, of_rows)
-        codes = _load_parts(row, key, k_s // 4)
+        key, real = _keys(READS + list_, begin, end, S, DENSE, of_rows)
         for at in range(begin, end, KEYS):
             stage = block % STAGES
-            who = _who(BITS + list_, at, end, key, key >= 0, TILE, DENSE, of_rows)
+            who = _who(BITS + list_, at, end, key, real, TILE, DENSE, of_rows)
             mbarrier.wait(free.index(stage), (block // STAGES & 1) ^ 1)
             readers.index(stage).store(who)
-            _copy_words(_words_of(rope.index(stage), DR), row, key, k_s // 4, DR)
-            key = following
-            following = _key(READS + list_, at + 2 * KEYS, end, S, DENSE, of_rows)
-            codes = _dequantise(_words_of(keys.index(stage), VALUES), codes, row, key, k_s // 4)
+            codes = _codes_of(right.index(stage))
+            source = gl.expand_dims(K + b * (k_b // 4) + key * (k_s // 4), 1)
+            _copy_packed(codes, scales.index(stage), _words_of(rope.index(stage), ROPE), source, gl.expand_dims(real, 1))
+            async_copy.mbarrier_arrive(copied, increment_count=False)
+            key, real = _keys(READS + list_, at + KEYS, end, S, DENSE, of_rows)  # of the next block, while the copies are on their way
+            mbarrier.wait(copied, block & 1)
+            _dequantise(_words_of(left.index(stage), HALF), codes, scales.index(stage), 0)
+            _dequantise(_words_of(right.index(stage), HALF), codes, scales.index(stage), 1)
             fence_async_shared()
-            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             mbarrier.arrive(ready.index(stage), count=1)
             block += 1
 
@@ -274,88 +279,72 @@ def _words_of(channels, C: gl.constexpr):
 
 
 @gluon.jit
-def _key(READS, at, end, S, DENSE: gl.constexpr, layout: gl.constexpr):
-    """As `_keys`, in one number: -1 where there is none."""
-    key, real = _keys(READS, at, end, S, DENSE, layout)
-    return gl.where(real, key.to(gl.int32), -1)
+def _codes_of(right):
+    """Words of four codes each, `[KEYS, VALUES / 4]`, in the shared memory of the right half of their latents."""
+    return reinterpret(right, gl.int32, (KEYS, VALUES // 4), CODES)
 
 
 @gluon.jit
-def _words_at(K, key, k_w, word):
-    """Addresses of words `[n]` of packed latents, and which of them there are, `[KEYS, n]` and `[KEYS, 1]`."""
-    key = gl.expand_dims(key, 1)
-    return K + gl.where(key < 0, 0, key).to(gl.int64) * k_w + gl.expand_dims(word, 0), key >= 0
+def _copy_words(into, source, ok, N: gl.constexpr):
+    """Copy N words of each row from `source` `[KEYS, 1]` on; zeros where not `ok`."""
+    copy(into, source + gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, COPY_WORDS)), 0), mask=ok)
 
 
 @gluon.jit
-def _copy_words(into, K, key, k_w, DR: gl.constexpr):
-    """Copy the rotated channels of packed latents; zeros where there is none."""
-    source, real = _words_at(K, key, k_w, VALUES // 4 + SCALES + gl.arange(0, DR // 2, gl.SliceLayout(0, WORDS)))
-    copy(into, source, mask=real)
+def _copy_packed(codes, scales, rope, source, ok):
+    """Copy packed latents that begin at `source` `[KEYS, 1]`."""
+    _copy_words(codes, source, ok, VALUES // 4)
+    _copy_words(scales, source + VALUES // 4, ok, SCALES)
+    _copy_words(rope, source + VALUES // 4 + SCALES, ok, ROPE // 2)
 
 
 @gluon.jit
-def _load_part(K, key, k_w, part: gl.constexpr):
-    """The codes of packed latents that share a scale, as words `[KEYS, SHARED / 4]`, and that scale, `[KEYS]`."""
-    source, real = _words_at(K, key, k_w, part * (SHARED // 4) + gl.arange(0, SHARED // 4, gl.SliceLayout(0, WORDS)))
-    scale = K + gl.where(key < 0, 0, key).to(gl.int64) * k_w + (VALUES // 4 + part)
-    return gl.load(source, mask=real, other=0), gl.cast(gl.load(scale, mask=key >= 0, other=0), gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _load_parts(K, key, k_w):
-    """Codes and scales of a block of packed latents, in registers: of words, since a code by itself takes as much room."""
-    found = ()
-    for part in gl.static_range(SCALES):
-        found += _load_part(K, key, k_w, part)
-    return found
+def _dequantise(into, codes, scales, half: gl.constexpr):
+    """A half of the latents, as words `[KEYS, HALF / 2]`. Its codes may lie in `into`: all are read before any of it is written."""
+    parts: gl.constexpr = HALF // SHARED
+    words = ()
+    for part in gl.static_range(parts):
+        words += (codes.slice((half * parts + part) * (SHARED // 4), SHARED // 4, dim=1).load(WORDS),)
+    for part in gl.static_range(parts):
+        scale = gl.cast(scales.slice(half * parts + part, 1, dim=1).load(WORDS), gl.float32, bitcast=True)
+        into.slice(part * (SHARED // 2), SHARED // 2, dim=1).store(_latents(words[part], scale))
 
 
 @gluon.jit
 def _latents(words, scale):
-    """`[KEYS, SHARED / 2]` words of two bfloat16 of the codes in words and their scale."""
-    low, high = gl.inline_asm_elementwise(DEQUANTISE, "=r,=r,r,f", [words, gl.expand_dims(scale, 1)], (gl.int32, gl.int32), is_pure=True, pack=1)
+    """`[KEYS, SHARED / 2]` words of two bfloat16 of the codes in words and their scale `[KEYS, 1]`."""
+    low, high = gl.inline_asm_elementwise(DEQUANTISE, "=r,=r,r,f", [words, scale], (gl.int32, gl.int32), is_pure=True, pack=1)
     return gl.reshape(gl.join(low, high), (KEYS, SHARED // 2))
 
 
 @gluon.jit
-def _dequantise(into, codes, K, key, k_w):
-    """Store the latents of `_load_parts`' codes; what it gives of the keys of the next block, each part loaded when its registers become free."""
-    found = ()
-    for part in gl.static_range(SCALES):
-        into.slice(part * (SHARED // 2), SHARED // 2, dim=1).store(_latents(codes[2 * part], codes[2 * part + 1]))
-        found += _load_part(K, key, k_w, part)
-    return found
-
-
-@gluon.jit
 def _bring(
-    K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+    K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, left, right, rope, scales, readers, copied, ready, free,
     DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr, DENSE: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
     if PACKED:
         _unpack(
-            K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
-            DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE,
+            K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, left, right, rope, scales, readers, copied, ready, free,
+            TILE, BLOCK_H, BLOCKS, SPLITS, DENSE,
         )  # fmt: skip
     else:
         _gather(
-            K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+            K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, left, right, rope, readers, ready, free,
             DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE,
         )  # fmt: skip
 
 
 @gluon.jit
 def _scores(
-    OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, keys, rope, p, readers, rescale, factors,
+    OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, left, right, rope, p, readers, rescale, factors,
     queries, ready, free, p_ready, done,
     H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
-    HAS_SINK: gl.constexpr, DENSE: gl.constexpr,
+    HAS_SINK: gl.constexpr, DENSE: gl.constexpr, sums: gl.constexpr,
 ):  # fmt: skip
     """Scores, probabilities, lse and the left half of the output."""
     of_scores: gl.constexpr = gl.SliceLayout(1, SCORES)
-    of_sums: gl.constexpr = gl.SliceLayout(1, SUMS)
+    of_sums: gl.constexpr = gl.SliceLayout(1, sums)
     block, phase = 0, 0
     for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
         b, first_query, first_head, into = _place(task, first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
@@ -368,14 +357,15 @@ def _scores(
             high = gl.load(COUNTS + b * T + t, mask=t < T, other=0)
         largest = gl.full([ROWS], -1e30, gl.float32, of_scores)
         total = gl.zeros([ROWS], gl.float32, of_scores)
-        acc = gl.zeros([ROWS, HALF], gl.float32, SUMS)
+        acc = gl.zeros([ROWS, HALF], gl.float32, sums)
         mbarrier.wait(queries, phase)
         for _ in range(begin, end, KEYS):
             stage = block % STAGES
             mbarrier.wait(ready.index(stage), block // STAGES & 1)
             fence_async_shared()
-            k = keys.index(stage)
-            s = warpgroup_mma(q, k.permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, SCORES), use_acc=False, is_async=True)
+            s = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+            s = warpgroup_mma(q.slice(0, HALF, dim=1), left.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+            s = warpgroup_mma(q.slice(HALF, HALF, dim=1), right.index(stage).permute((1, 0)), s, is_async=True)
             if DR > 0:
                 s = warpgroup_mma(q_rope, rope.index(stage).permute((1, 0)), s, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
@@ -398,8 +388,7 @@ def _scores(
             fence_async_shared()
             mbarrier.arrive(p_ready.index(stage), count=1)
             acc = acc * gl.expand_dims(gl.convert_layout(alpha, of_sums), 1)
-            left = gl.convert_layout(weight, gl.DotOperandLayout(0, SUMS, 2))
-            acc = warpgroup_mma(left, k.slice(0, HALF, dim=1), acc, is_async=True)
+            acc = warpgroup_mma(gl.convert_layout(weight, gl.DotOperandLayout(0, sums, 2)), left.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index(stage), count=1)
             block += 1
@@ -407,30 +396,30 @@ def _scores(
         factors.store(factor)
         mbarrier.arrive(done, count=1)
         gl.store(LSE + into * T * H + t * H + head, lse, mask=ok)
-        _store_half(OUT + into * T * H * VALUES, acc, gl.convert_layout(factor, of_sums), first_query, first_head, T, H, BLOCK_H, SPLITS)
+        _store_half(OUT + into * T * H * VALUES, acc, gl.convert_layout(factor, of_sums), first_query, first_head, T, H, BLOCK_H, SPLITS, sums)
         phase ^= 1
 
 
 @gluon.jit
 def _right_half(
-    Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, keys, p, rescale, factors, queries, free, p_ready, done,
+    Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, right, p, rescale, factors, queries, free, p_ready, done,
     H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
-    DENSE: gl.constexpr,
+    DENSE: gl.constexpr, sums: gl.constexpr,
 ):  # fmt: skip
     """Load the queries; the right half of the output."""
-    of_sums: gl.constexpr = gl.SliceLayout(1, SUMS)
+    of_sums: gl.constexpr = gl.SliceLayout(1, sums)
     b, first_query, first_head, into = _place(gl.program_id(0), first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
     _load_queries(Q + b * q_b, q_t, q_h, first_query, first_head, T, q, q_rope, queries, H, DR, BLOCK_H)
     block, phase = 0, 0
     for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
         begin, end = _walk(READS, COUNTS, task, first, T, S, width, TILE, BLOCKS, SPLITS, DENSE)
-        acc = gl.zeros([ROWS, HALF], gl.float32, SUMS)
+        acc = gl.zeros([ROWS, HALF], gl.float32, sums)
         for _ in range(begin, end, KEYS):
             stage = block % STAGES
             mbarrier.wait(p_ready.index(stage), block // STAGES & 1)
             fence_async_shared()
             acc = acc * gl.expand_dims(rescale.index(stage).load(of_sums), 1)
-            acc = warpgroup_mma(p.index(stage), keys.index(stage).slice(HALF, HALF, dim=1), acc, is_async=True)
+            acc = warpgroup_mma(p.index(stage), right.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index(stage), count=1)
             block += 1
@@ -441,7 +430,7 @@ def _right_half(
             b, first_query, first_head, into = _place(after, first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
             _load_queries(Q + b * q_b, q_t, q_h, first_query, first_head, T, q, q_rope, queries, H, DR, BLOCK_H)
         b, first_query, first_head, into = _place(task, first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
-        _store_half(OUT + into * T * H * VALUES + HALF, acc, factor, first_query, first_head, T, H, BLOCK_H, SPLITS)
+        _store_half(OUT + into * T * H * VALUES + HALF, acc, factor, first_query, first_head, T, H, BLOCK_H, SPLITS, sums)
         phase ^= 1
 
 
@@ -450,14 +439,14 @@ def _load_queries(Q, q_t, q_h, first_query, first_head, T, q, q_rope, queries, H
     """Q is of one row of the batch."""
     _, t, head, ok = _row(first_query, first_head, T, H, BLOCK_H, gl.SliceLayout(1, COPY))
     source = Q + t.to(gl.int64) * q_t + head.to(gl.int64) * q_h
-    _copy_rows(q, q_rope, gl.expand_dims(source, 1), gl.expand_dims(ok, 1), DR)
+    _copy_rows(q.slice(0, HALF, dim=1), q.slice(HALF, HALF, dim=1), q_rope, gl.expand_dims(source, 1), gl.expand_dims(ok, 1), DR)
     async_copy.mbarrier_arrive(queries, increment_count=False)
 
 
 @gluon.jit
-def _store_half(OUT, acc, factor, first_query, first_head, T, H: gl.constexpr, BLOCK_H: gl.constexpr, SPLITS: gl.constexpr):
+def _store_half(OUT, acc, factor, first_query, first_head, T, H: gl.constexpr, BLOCK_H: gl.constexpr, SPLITS: gl.constexpr, sums: gl.constexpr):
     """OUT is of one row of the batch."""
-    layout: gl.constexpr = SUMS if SPLITS > 1 else WIDE  # neighbours together store 32 bytes of a float32 row as it is
+    layout: gl.constexpr = sums if SPLITS > 1 else WIDE  # neighbours together store 32 bytes of a float32 row as it is
     factor = gl.expand_dims(factor, 1)
     out = gl.where(factor == 0, 0.0, acc * factor)  # what neighbours read, even NaN, stays with them
     _, t, head, ok = _row(first_query, first_head, T, H, BLOCK_H, gl.SliceLayout(1, layout))
@@ -481,7 +470,8 @@ def forward(
     """
     dtype: gl.constexpr = Q.dtype.element_ty
     q = gl.allocate_shared_memory(dtype, [ROWS, VALUES], TILES)
-    keys = gl.allocate_shared_memory(dtype, [STAGES, KEYS, VALUES], TILES)
+    left = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HALF], TILES)
+    right = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HALF], TILES)
     p = gl.allocate_shared_memory(dtype, [STAGES, ROWS, KEYS], TILES)
     q_rope, rope = q, p  # as many bytes, and used one after the other
     if DR > 0:
@@ -494,28 +484,34 @@ def forward(
     p_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     queries = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    scales, copied = readers, done  # which only `_unpack` uses
+    if PACKED:
+        scales = gl.allocate_shared_memory(gl.int32, [STAGES, KEYS, SCALES], PLAIN)
+        copied = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(copied, count=256)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=129)  # the threads of `_gather`, and its bits
+        mbarrier.init(ready.index(stage), count=1 if PACKED else 129)  # `_unpack`; the threads of `_gather`, and its bits
         mbarrier.init(free.index(stage), count=2)
         mbarrier.init(p_ready.index(stage), count=1)
     mbarrier.init(queries, count=128)
     mbarrier.init(done, count=1)
+    sums: gl.constexpr = NARROW if PACKED else SUMS
     gl.warp_specialize(
         [
             (_scores, (
-                OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, keys, rope, p, readers, rescale, factors,
-                queries, ready, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, HAS_SINK, DENSE,
+                OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, left, right, rope, p, readers, rescale, factors,
+                queries, ready, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, HAS_SINK, DENSE, sums,
             )),
             (_right_half, (
-                Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, keys, p, rescale, factors,
-                queries, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE,
+                Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, right, p, rescale, factors,
+                queries, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE, sums,
             )),
             (_bring, (
-                K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, keys, rope, readers, ready, free,
+                K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, left, right, rope, scales, readers, copied, ready, free,
                 DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE, PACKED,
             )),
         ],
-        [4, 4],
+        [4, 8 if PACKED else 4],
         [REGISTERS_RIGHT, REGISTERS_GATHER],
     )  # fmt: skip
 
