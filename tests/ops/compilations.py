@@ -169,7 +169,7 @@ def score(capability: int) -> Iterator[Call]:
 
 def select(capability: int) -> Iterator[Call]:
     kernels = import_module("skim.ops.select.triton")
-    T, S = 256, 131072
+    T, S = 1024, 131072
     interval = zeros(1, T), zeros(1, T)
     for name, inputs in indexers(capability, T, S):
         yield f"{name} select of 2048", partial(kernels.select, *inputs, *interval, 2048, 0, 0, False, 512)
@@ -179,7 +179,7 @@ def select(capability: int) -> Iterator[Call]:
         yield f"{name} select of 64", partial(kernels.select, *inputs, *interval, 64, 0, 0, False, 512, table)
     for name, inputs in indexers(capability, 1, S):
         yield f"{name} select of 2048, one query", partial(kernels.select, *inputs, zeros(1, 1), zeros(1, 1), 2048, 4, 1, True, 512)
-    for rows in (1, T, 2 * T):  # in parts, split over programs, and one program each
+    for rows in (1, 256, T):  # in parts, split over programs, and one program each
         yield f"top_k of 2048, {rows} rows", partial(kernels.top_k, empty(rows, S, dtype=torch.float32), zeros(rows), zeros(rows), 2048)
     if capability == 90:
         hopper = import_module("skim.ops.select.hopper")

@@ -127,6 +127,13 @@ def test_nan_never_wins(sampled):
     assert pick(scores, 4) == [3, 500, 598, 599]
 
 
+def test_a_sampled_row_with_fewer_numbers_than_it_keeps_is_done_again(sampled, flagged):
+    scores = torch.full((600,), math.nan)
+    scores[[3, 300, 500]] = torch.tensor([-1.0, 2.0, -1.0])
+    assert pick(scores, 3) == [3, 300, 500] and flagged == [0]
+    assert pick(scores, 5) == [3, 300, 500, 598, 599] and flagged == [0, 1]
+
+
 @pytest.mark.parametrize("S", [8, 900])
 def test_infinite_scores_tie_with_the_largest_finite(sampled, S):
     key = torch.linspace(1, 2, S)
@@ -308,6 +315,19 @@ def test_top_k_of_many_rows(many_rows, S, budget):
         wanted = best(scores, low, high, budget)
         assert counts.tolist() == [len(row) for row in wanted]
         assert indices.tolist() == [row + [-1] * (budget - len(row)) for row in wanted]
+
+
+def test_many_rows_of_few_numbers_and_of_both_zeros(many_rows):
+    S = 9000
+    scores = torch.full((5, S), math.nan)
+    scores[0, 7::150] = -math.inf  # as many as are kept
+    scores[1, 7::160] = normal(57)
+    scores[2, ::2] = -math.inf
+    scores[3], scores[4] = -0.0, normal(S).clamp(max=0)
+    scores[3, ::2] = 0.0
+    start, end = torch.zeros(5, dtype=torch.int32), torch.full((5,), S, dtype=torch.int32)
+    indices, _ = moved_to("cpu", kernels.top_k(*moved_to(KERNELS, (scores, start, end)), 60))
+    assert indices.tolist() == best(scores, start, end, 60)
 
 
 def test_many_rows_whose_sample_misleads(many_rows):

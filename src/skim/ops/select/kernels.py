@@ -2,11 +2,12 @@
 
 A sample of a row's scores gives a threshold that its k best keys are above with room to spare; what is above it, a few
 thousand candidates, is kept while the scores are made; the k best of these are the k best of all. That this holds is
-checked, not hoped for: a row with too few or too many candidates is flagged, and done again from all of its scores.
+checked, not hoped for: a row with too few or too many candidates is flagged, and done again from all of its scores. NaN is
+never above a threshold, so a sampled row with fewer than k other scores has too few.
 
 Keys are ordered by (rank, position), rank an int32 that grows with the score. Candidates are all the keys of a row from
 some point of this order on, so ties need no second path: a plateau of equal scores is cut at a position. Segments hold
-candidates in the order of their positions.
+candidates in the order of their positions, and begin where two of them can be read at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from skim.ops.score.triton import keys_of, load_interval, load_queries, score_tile, union
+from skim.ops.score.triton import INTERPRETED, keys_of, load_interval, load_queries, score_tile, union
 from skim.ops.select.lse import add_exponentials, finite, maximum_and_sum
 
 PIECE = tl.constexpr(4)  # neighbouring scores in memory that are sampled together, in one load
@@ -40,27 +41,74 @@ def rank_of(scores, key, start, end, keep_first, keep_recent):
 
 
 @triton.jit
+def with_kept(scores, key, start, end, keep_first, keep_recent):
+    """Scores, infinite where keys are kept whatever they score."""
+    return tl.where((key - start < keep_first) | (key >= end - keep_recent), float("inf"), scores)
+
+
+@triton.jit
 def score_at(rank):
     """The float32 of a rank, and back: the mapping is its own inverse."""
     return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
+def ordered(scores):
+    """Scores, infinite ones as the largest finite, NaN as -inf: in the order of `rank_alone`."""
+    return tl.where(scores == scores, tl.minimum(tl.maximum(scores, -FINITE), FINITE), float("-inf"))
+
+
+@triton.jit
+def rank_at(score):
+    """The rank of an ordered score; that of -0.0 is one below that of 0.0."""
+    bits = score.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def next_score(scores):
     """The next larger float32; 0.0 counts as positive."""
-    bits = scores.to(tl.int32, bitcast=True)
-    return score_at((bits ^ ((bits >> 31) & 0x7FFFFFFF)) + 1)
+    return score_at(rank_at(scores) + 1)
+
+
+@triton.jit
+def reaching(values, rank):
+    """How many values, ranks or ordered scores, have at least this rank; NaN has none."""
+    if values.dtype == tl.int32:
+        return tl.sum((values >= rank).to(tl.int32))
+    elif INTERPRETED:
+        return tl.sum((values >= score_at(rank)).to(tl.int32))
+    else:  # the same: a comparison gives 0 or -1 at once, so that an addition takes two of them
+        asm: tl.constexpr = "set.ge.s32.f32 $0, $1, $2;"
+        return -tl.sum(tl.inline_asm_elementwise(asm, "=r,f,f", [values, score_at(rank)], dtype=tl.int32, is_pure=True, pack=1))
+
+
+@triton.jit
+def reaching_of_two(first, second, least):
+    """How many of two scores are at least `least`: 0, 1 or 2."""
+    if INTERPRETED:
+        return (first >= least).to(tl.int32) + (second >= least).to(tl.int32)
+    else:  # the same, in four instructions
+        return tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b32 n; setp.ge.f32 p, $1, $3; selp.b32 n, 1, 0, p;
+            setp.ge.f32 p, $2, $3; @p add.s32 n, n, 1; mov.b32 $0, n; }""",
+            "=r,f,f,f",
+            [first, second, least],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
 def greatest(values, wanted, most, low, high):
-    """A v in [low, high) that `wanted` to `most` of the int32 values reach, if any v has so many; else the greatest that `wanted` reach.
+    """A rank in [low, high) that `wanted` to `most` of the values reach, if any has so many; else the greatest that `wanted` reach.
 
-    At least `wanted` values reach low, and none reaches high.
+    At least `wanted` values reach low, and none reaches high. Values are int32, or scores as `ordered` gives them; NaN reaches nothing.
     """
     while low + 1 < high:
         middle = (low & high) + ((low ^ high) >> 1)
-        count = tl.sum((values >= middle).to(tl.int32))
+        count = reaching(values, middle)
         low = tl.where(count >= wanted, middle, low)
         high = tl.where(count > most, high, tl.where(count >= wanted, middle + 1, middle))
     return low
@@ -107,7 +155,10 @@ def sample_kernel(
     BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
     PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """RANKS `[rows, BM]` of the sampled keys; those that a row doesn't see are left as they were. Grid: query tiles, shares of the sample."""
+    """RANKS `[rows, BM]` of the sampled keys, LOWEST of those that a row doesn't see. Grid: query tiles, shares of the sample.
+
+    Strata that no query of a tile sees are left as they were.
+    """
     tiles = tl.cdiv(T, BQ)
     tile = tile0 + tl.program_id(0)
     b, t0 = tile // tiles, tile % tiles * BQ
@@ -128,17 +179,21 @@ def sample_kernel(
             BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT, LOADED,
         )  # fmt: skip
         rank = rank_of(scores, key[:, None], start[None, :], end[None, :], keep_first, keep_recent)
-        tl.store(out + stratum[:, None], rank, mask=(key[:, None] >= start[None, :]) & (key[:, None] < end[None, :]))
+        seen = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
+        tl.store(out + stratum[:, None], tl.where(seen, rank, LOWEST), mask=(stratum < last)[:, None] & (end > start)[None, :])
 
 
 @triton.jit
-def point_of(rank, key, wanted, most, low, start, end, position):
-    """The point of the order, (rank, position), that `wanted` to `most` of a sample reach; `position` where no plateau is cut."""
-    point = greatest(rank, wanted, most, low, tl.max(rank) + 1)
-    above, equal = tl.sum((rank > point).to(tl.int32)), tl.sum((rank == point).to(tl.int32))
-    if (above + equal > most) & (point > -RANK_FINITE - 1) & (point < RANK_FINITE):  # a plateau, cut at a position
-        position = greatest(tl.where(rank == point, key, -1), wanted - above, most - above, start, end)
-    return tl.minimum(tl.maximum(point, -RANK_FINITE - 1), RANK_FINITE), position
+def point_of(values, key, wanted, most, highest, start, end, position):
+    """The point of the order, (score, position), that `wanted` to `most` of a sample reach; `position` where no plateau is cut.
+
+    Values are scores as `ordered` gives them, NaN where a key isn't seen; `highest` is the largest of them, and not -0.0.
+    """
+    point = score_at(greatest(values, wanted, most, tl.full([], RANK_NAN, tl.int32), rank_at(highest) + 1))
+    above, equal = tl.sum((values > point).to(tl.int32)), tl.sum((values == point).to(tl.int32))
+    if (above + equal > most) & (point > -FINITE) & (point < FINITE):  # a plateau, cut at a position
+        position = greatest(tl.where(values == point, key, -1), wanted - above, most - above, start, end)
+    return tl.minimum(tl.maximum(point, -FINITE), FINITE), position
 
 
 @triton.jit(do_not_specialize=["row0", "stride"])
@@ -146,39 +201,46 @@ def threshold_kernel(RANKS, START, END, SCORE, POSITION, row0, S, budget, capaci
     """The point of the order from which on keys are candidates: the score and the position of about the right sampled key."""
     row = tl.program_id(0)
     start, end = tl.maximum(tl.load(START + row0 + row), 0), tl.minimum(tl.load(END + row0 + row), S)
-    point, position = tl.full([], -RANK_FINITE - 1, tl.int32), tl.full([], LOWEST, tl.int32)  # everything
+    point, position = tl.full([], -FINITE, tl.float32), tl.full([], LOWEST, tl.int32)  # everything
     if end - start > capacity:
         stratum = tl.arange(0, BM)
-        key = sampled_key(stratum, stride)
-        seen = (key >= start) & (key < end)
-        rank = tl.load(RANKS + row.to(tl.int64) * BM + stratum, mask=seen, other=LOWEST)
+        held = (stratum >= start // stride) & (stratum * stride < end)
+        rank = tl.load(RANKS + row.to(tl.int64) * BM + stratum, mask=held, other=LOWEST)
+        number = tl.sum((rank != LOWEST).to(tl.int32))
         # As many of the sample are expected among the k best; five standard deviations more are hardly ever.
-        expected = budget * (tl.sum(seen.to(tl.int32)) / (end - start).to(tl.float32))
+        expected = budget * (number / (end - start).to(tl.float32))
         wanted = tl.ceil(expected + 5 * tl.sqrt(expected) + 4).to(tl.int32)
         most = wanted + wanted // 16  # the search may stop early
-        if wanted <= tl.sum(seen.to(tl.int32)):
-            point, position = point_of(rank, key, wanted, most, tl.min(tl.where(seen, rank, RANK_KEPT)), start, end, position)
-    tl.store(SCORE + row, score_at(point))
+        if wanted <= number:
+            key = sampled_key(stratum, stride)
+            point, position = point_of(score_at(rank), key, wanted, most, score_at(tl.max(rank)), start, end, position)  # NaN where not seen
+    tl.store(SCORE + row, point)
     tl.store(POSITION + row, position)
 
 
 @triton.jit
-def append(entries, slot, entry, mask, DIRECT: tl.constexpr):
-    """Stores int64 `[BN, BQ]` in the slots behind the pointers `[BQ]`.
+def entry_of(key, score):
+    """A candidate: its score's bits and its position."""
+    return (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | key
 
-    DIRECT leaves them with the threads that have them; tl.store would pass them round so that neighbours are written at once, and none are.
-    """
-    if DIRECT:
+
+@triton.jit
+def append_pairs(entries, slot, key, first, second, score, other, least):
+    """Stores (key, score) if first >= least and (key + 1, other) if second is, one behind the other, from entries[slot] on."""
+    if INTERPRETED:
+        tl.store(entries + slot, entry_of(key, score), mask=first >= least)
+        tl.store(entries + slot + (first >= least), entry_of(key + 1, other), mask=second >= least)
+    else:  # the same by the threads that have them: tl.store passes them round so that neighbours are written at once, and none are
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b64 a; setp.ne.s32 p, $4, 0; mad.wide.s32 a, $2, 8, $1; @p st.global.b64 [a], $3; mov.u32 $0, 0; }",
-            "=r,l,r,l,r",
-            [entries.to(tl.int64, bitcast=True)[None, :], slot, entry, mask.to(tl.int32)],
+            """{ .reg .pred p; .reg .b64 a; .reg .b32 s, k; mov.b32 s, $2; add.s32 k, $3, 1; mad.wide.s32 a, s, 8, $1;
+            setp.ge.f32 p, $4, $8; @p st.global.v2.b32 [a], {$3, $6}; @p add.s32 s, s, 1; mad.wide.s32 a, s, 8, $1;
+            setp.ge.f32 p, $5, $8; @p st.global.v2.b32 [a], {k, $7}; mov.u32 $0, 0; }""",
+            "=r,l,r,r,r,r,r,r,r",
+            [entries.to(tl.int64, bitcast=True), slot, key, first, second, score, other, least],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
-    else:
-        tl.store(entries[None, :] + slot, entry, mask=mask)
 
 
 @triton.jit
@@ -194,29 +256,30 @@ def rows_of_keys(BN: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def before_and_total(chosen, BN: tl.constexpr, BQ: tl.constexpr, WARPS: tl.constexpr):
-    """How many keys before each key are chosen, `[BN, BQ]`, and how many are at all, `[BQ]`; keys stand as in `rows_of_keys`, BQ <= 16.
+def split_keys(x, BQ: tl.constexpr, REST: tl.constexpr, WARPS: tl.constexpr):
+    """`[BN, BQ]`, keys as in `rows_of_keys`, as `[WARPS, 8, BQ, REST]` for the first and for the second of each pair of neighbours."""
+    return tl.split(tl.permute(tl.reshape(x, [REST, WARPS, 2, 8, BQ]), [1, 3, 4, 0, 2]))
 
-    Up to four counts, of at most 128 each, share an integer.
+
+@triton.jit
+def before_and_total(number, BQ: tl.constexpr, REST: tl.constexpr, WARPS: tl.constexpr):
+    """How many keys are chosen before each pair, of which `number` `[WARPS, 8, BQ, REST]` are, in the same shape; and how many at all, `[BQ]`.
+
+    Up to four counts, of at most 128 each, share an integer. BQ <= 16.
     """
-    REST: tl.constexpr = BN // (16 * WARPS)
     NEAR: tl.constexpr = min(4, BQ)
     shift = tl.arange(0, BQ // NEAR) * 8
-    packed = tl.sum(tl.reshape(chosen, [BN, BQ // NEAR, NEAR]) << shift[None, :, None], 1)
-    packed = tl.permute(tl.reshape(packed, [REST, WARPS, 2, 8, NEAR]), [1, 3, 4, 0, 2])
-    first, last = tl.split(tl.reshape(packed, [WARPS * 8, NEAR, REST, 2]))
-    pair, second = first + last, tl.arange(0, 2)
+    packed = tl.sum(tl.reshape(number, [WARPS, 8, BQ // NEAR, NEAR, REST]) << shift[None, None, :, None, None], 2)
     if REST == 2:
-        early, late = tl.split(pair)
-        group, inside = early + late, early[:, :, None] * second[None, None, :]
+        early, late = tl.split(packed)
+        group = tl.reshape(early + late, [WARPS * 8, NEAR])
+        inside = early[:, :, :, None] * tl.arange(0, 2)
     else:
-        group, inside = tl.reshape(pair, [WARPS * 8, NEAR]), tl.zeros_like(pair)
-    inside += (tl.cumsum(group, 0) - group)[:, :, None]
-    before = inside[:, :, :, None] + first[:, :, :, None] * second[None, None, None, :]
-    before = tl.permute(tl.reshape(before, [WARPS, 8, NEAR, REST, 2]), [3, 0, 4, 1, 2])
-    before = (tl.reshape(before, [BN, 1, NEAR]) >> shift[None, :, None]) & 0xFF
+        group, inside = tl.reshape(packed, [WARPS * 8, NEAR]), tl.zeros_like(packed)
+    inside += tl.reshape(tl.cumsum(group, 0) - group, [WARPS, 8, NEAR])[:, :, :, None]
+    before = (inside[:, :, None] >> shift[None, None, :, None, None]) & 0xFF
     total = (tl.sum(group, 0)[None, :] >> shift[:, None]) & 0xFF
-    return tl.reshape(before, [BN, BQ]), tl.reshape(total, [BQ])
+    return tl.reshape(before, [WARPS, 8, BQ, REST]), tl.reshape(total, [BQ])
 
 
 @triton.jit(do_not_specialize=["tile0", "row0"])
@@ -225,9 +288,8 @@ def candidates_kernel(
     stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss,
     tile0, row0, T, S, J, E, budget, keep_first, keep_recent, split, segment,
     BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
-    PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr, SAMPLED: tl.constexpr, DIRECT: tl.constexpr, ROW_WARPS: tl.constexpr,
-    KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
-    STAGES: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr, SAMPLED: tl.constexpr, ROW_WARPS: tl.constexpr,
+    KEEP: tl.constexpr, WITH_SCORES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Appends what is above the thresholds to ENTRIES `[rows, splits, segment]`, (score's bits, position) as int64, and counts it in COUNTS
     `[rows, splits]`, which may exceed what is stored. With scores also the maximum and the sum of the exponentials of each split. Grid: query
@@ -249,12 +311,14 @@ def candidates_kernel(
     row = b.to(tl.int64) * T + t - row0
     if SAMPLED:
         point, position = tl.load(SCORE + row, mask=t < T, other=0.0), tl.load(POSITION + row, mask=t < T, other=0)
+        point = tl.where(point == -FINITE, float("-inf"), point)
     else:
         point, position = tl.full([BQ], -FINITE, tl.float32), tl.full([BQ], LOWEST, tl.int32)
     position = position // BN * BN  # so that one comparison does: with `point` itself from this position on, with the next score before it
     point, above = tl.where(sees, point, float("nan")), tl.where(sees, next_score(point), float("nan"))  # nothing reaches NaN
     inner_low, inner_high = tl.max(tl.where(sees, start + keep_first, 0)), tl.min(tl.where(sees, end - keep_recent, S))  # seen by all
     entries = ENTRIES + (row * tl.num_programs(1) + tl.program_id(1)) * segment
+    REST: tl.constexpr = BN // (16 * ROW_WARPS)  # pairs of neighbouring keys that a thread has of a query
     count = tl.zeros([BQ], tl.int32)
     maximum, total = tl.full([BQ], float("-inf"), tl.float32), tl.zeros([BQ], tl.float32)
     q, w = first_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, BQ, BJ, BE, LOADED)
@@ -267,19 +331,24 @@ def candidates_kernel(
             BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT, LOADED,
         )  # fmt: skip
         key = key[:, None]
-        ranked = tl.maximum(scores, -FINITE)  # NaN too
+        ranked = scores if SAMPLED else tl.maximum(scores, -FINITE)  # where all are candidates NaN is one too
         if (origin < inner_low) | (origin + BN > inner_high):
             seen = (key >= start[None, :]) & (key < end[None, :])
             if KEEP:
                 ranked = with_kept(ranked, key, start[None, :], end[None, :], keep_first, keep_recent)
-            ranked = tl.where(seen, ranked, float("-inf"))
-        chosen = ranked >= tl.where(origin >= position, point, above)[None, :]
+            ranked = tl.where(seen, ranked, float("nan"))
+        least = tl.where(origin >= position, point, above)
+        full = tl.minimum(count, segment - BN - 2)  # a segment that is full is of no use
         if LOADED:
-            before, more = tl.cumsum(chosen.to(tl.int32), 0) - 1, tl.sum(chosen.to(tl.int32), 0)
+            chosen = (ranked >= least[None, :]).to(tl.int32)
+            tl.store((entries + full)[None, :] + tl.cumsum(chosen, 0) - chosen, entry_of(key, scores), mask=chosen != 0)
+            more = tl.sum(chosen, 0)
         else:
-            before, more = before_and_total(chosen.to(tl.int32), BN, BQ, ROW_WARPS)
-        entry = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | key
-        append(entries + tl.minimum(count, segment - BN), before, entry, chosen, DIRECT)  # a segment that is full is of no use
+            first, second = split_keys(ranked, BQ, REST, ROW_WARPS)
+            score, other = split_keys(scores, BQ, REST, ROW_WARPS) if KEEP or not SAMPLED else (first, second)
+            of_first, _ = split_keys(tl.broadcast_to(key, [BN, BQ]), BQ, REST, ROW_WARPS)
+            before, more = before_and_total(reaching_of_two(first, second, least[:, None]), BQ, REST, ROW_WARPS)
+            append_pairs(entries[:, None], full[:, None] + before, of_first, first, second, score, other, least[:, None])
         count += more
         if WITH_SCORES:
             visible = tl.where((key >= start[None, :]) & (key < end[None, :]), scores, float("-inf"))
@@ -289,37 +358,131 @@ def candidates_kernel(
             maximum = larger
     place = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(COUNTS + place, count, mask=t < T)
+    behind = tl.minimum(count, segment - 2)[None, :] + tl.arange(0, 2)[:, None]  # candidates are read two at a time
+    tl.store(entries[None, :] + behind, tl.zeros_like(behind).to(tl.int64), mask=(t < T)[None, :])
     if WITH_SCORES:
         tl.store(MAXIMA + place, maximum, mask=t < T)
         tl.store(SUMS + place, total, mask=t < T)
 
 
 @triton.jit
-def choose(
-    ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, total, keep_first, keep_recent, splits, segment,
-    BC: tl.constexpr, WITH_SCORES: tl.constexpr,
-):  # fmt: skip
-    """The `wanted` best of `total` candidates of one row, at most BC, to INDICES and CHOSEN."""
-    slot = tl.arange(0, BC)
-    part, begin, reached = tl.zeros([BC], tl.int32), tl.zeros([BC], tl.int32), 0
-    for j in range(splits - 1):
-        reached += tl.load(COUNTS + j)
-        part += (slot >= reached).to(tl.int32)
-        begin = tl.where(slot >= reached, reached, begin)
-    entry = tl.load(ENTRIES + part.to(tl.int64) * segment + (slot - begin), mask=slot < total, other=0)
-    key, scores = entry.to(tl.int32), (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    rank = tl.where(slot < total, rank_of(scores, key, start, end, keep_first, keep_recent), LOWEST)
-    low = tl.min(tl.where(slot < total, rank, RANK_KEPT))
-    point = greatest(rank, wanted, wanted, low, tl.max(rank) + 1)
-    above, equal = (rank > point).to(tl.int32), (rank == point).to(tl.int32)
-    spare = tl.sum(above) + tl.sum(equal) - wanted
-    if spare > 0:  # the oldest of those at the threshold go
-        equal = tl.where(tl.cumsum(equal, 0) > spare, equal, 0)
-    kept = above + equal
-    place = tl.cumsum(kept, 0) - 1
-    tl.store(INDICES + place, key, mask=kept != 0)
+def in_order(W: tl.constexpr, R: tl.constexpr, N: tl.constexpr, stride):
+    """0, 1, ... for each of W warps, `[W, R, N]`: those of a warp begin `stride` behind those of the one before."""
+    return (tl.arange(0, W) * stride)[:, None, None] + (tl.arange(0, R) * N)[None, :, None] + tl.arange(0, N)[None, None, :]
+
+
+@triton.jit
+def of_pairs(x, W: tl.constexpr, R: tl.constexpr):
+    """`[W, R, 32]` as `[W, R, 64]`."""
+    return tl.reshape(tl.broadcast_to(x[:, :, :, None], [W, R, 32, 2]), [W, R, 64])
+
+
+@triton.jit
+def split_pairs(x, W: tl.constexpr, R: tl.constexpr):
+    """`[W, R, 64]` as the first and the second of each pair, `[W, R, 32]`."""
+    return tl.split(tl.reshape(x, [W, R, 32, 2]))
+
+
+@triton.jit
+def before_pairs(number, W: tl.constexpr, R: tl.constexpr):
+    """How many are chosen before each pair, of which `number` `[W, R, 32]` are, in the same shape; and how many at all.
+
+    The counts of up to four of a thread's pairs share an integer, so that they need one scan.
+    """
+    NEAR: tl.constexpr = min(4, R)
+    FAR: tl.constexpr = R // NEAR
+    shift, far = tl.arange(0, NEAR) * 8, tl.arange(0, FAR)
+    thread = tl.permute(tl.sum(tl.reshape(number, [W, FAR, NEAR, 32]) << shift[None, None, :, None], 2), [1, 0, 2])
+    total = tl.broadcast_to(tl.sum(thread, 2, keep_dims=True), [FAR, W, 32])
+    inside = tl.cumsum(thread, 2) - thread + total * 0x01010100  # and what the rows of 64 before have: 3 * 64 + 62 at most
+    even = (total & 0x00FF00FF) + ((total >> 8) & 0x00FF00FF)
+    rows = (even + (even >> 16)) & 0xFFFF
+    first = tl.sum(tl.where((far[None, :] < far[:, None])[:, :, None, None], rows[None], 0), 1)
+    warps = tl.max(tl.sum(rows, 0), 1)
+    first += (tl.cumsum(warps, 0) - warps)[None, :, None]
+    before = ((inside[:, None] >> shift[None, :, None, None]) & 0xFF) + first[:, None]
+    return tl.permute(tl.reshape(before, [R, W, 32]), [1, 0, 2]), tl.sum(warps)
+
+
+@triton.jit
+def before_reaching(values, least, W: tl.constexpr, R: tl.constexpr):
+    """`before_pairs` where the values `[W, R, 64]` that are at least `least` are chosen."""
+    first, second = split_pairs(values, W, R)
+    return before_pairs(reaching_of_two(first, second, least), W, R)
+
+
+@triton.jit
+def put_pairs(out, slot, values, least, items, W: tl.constexpr, R: tl.constexpr):
+    """Stores int32 items `[W, R, 64]` where values >= least, those of a pair one behind the other, from out[slot] on."""
+    first, second = split_pairs(values, W, R)
+    item, other = split_pairs(items, W, R)
+    if INTERPRETED:
+        tl.store(out + slot, item, mask=first >= least)
+        tl.store(out + slot + (first >= least), other, mask=second >= least)
+    else:  # the same by the threads that have them, as in `append_pairs`
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b64 a; .reg .b32 s; mov.b32 s, $2; mad.wide.u32 a, s, 4, $1;
+            setp.ge.f32 p, $3, $7; @p st.global.b32 [a], $5; @p add.u32 s, s, 1; mad.wide.u32 a, s, 4, $1;
+            setp.ge.f32 p, $4, $7; @p st.global.b32 [a], $6; mov.u32 $0, 0; }""",
+            "=r,l,r,r,r,r,r,r",
+            [out.to(tl.int64, bitcast=True), slot, first, second, item, other, least],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def keep_best(values, real, key, scores, INDICES, CHOSEN, wanted, W: tl.constexpr, R: tl.constexpr, WITH_SCORES: tl.constexpr):
+    """The keys of the `wanted` best ordered scores `[W, R, 64]`, of those that are real, to INDICES, and their `scores` to CHOSEN."""
+    low, high = tl.min(tl.where(real, values, float("inf"))), tl.max(tl.where(real, values, float("-inf")))
+    values = tl.where(real, values, float("nan"))
+    least = score_at(greatest(values, wanted, wanted, rank_at(low), rank_at(high) + 1))
+    before, number = before_reaching(values, least, W, R)
+    if number > wanted:  # the oldest of those at the threshold go
+        equal = tl.where(values == least, values, float("nan"))
+        equals, _ = before_reaching(equal, least, W, R)
+        first, _ = split_pairs((equal == equal).to(tl.int32), W, R)
+        place = of_pairs(equals, W, R) + of_pairs(first, W, R) * (tl.arange(0, 64) % 2)[None, None, :]
+        values = tl.where((values == least) & (place < number - wanted), float("nan"), values)
+        before, _ = before_reaching(values, least, W, R)
+    put_pairs(INDICES, before, values, least, key, W, R)
     if WITH_SCORES:
-        tl.store(CHOSEN + place, scores, mask=kept != 0)
+        put_pairs(CHOSEN.to(tl.pointer_type(tl.int32), bitcast=True), before, values, least, scores.to(tl.int32, bitcast=True), W, R)
+
+
+@triton.jit
+def choose(
+    ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, keep_first, keep_recent, segments, segment,
+    BC: tl.constexpr, W: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
+):  # fmt: skip
+    """The `wanted` best of the candidates of one row, which are at most BC where each of their segments begins at a pair."""
+    R: tl.constexpr = BC // (W * 64)
+    pair = in_order(W, R, 32, R * 32)
+    gap, left, reached = tl.zeros_like(pair), tl.load(COUNTS) - 2 * pair, 0
+    for j in range(1, segments):
+        here = tl.cdiv(tl.load(COUNTS + j - 1), 2)
+        reached += here
+        gap += tl.where(pair >= reached, segment - 2 * here, 0)
+        left = tl.where(pair >= reached, tl.load(COUNTS + j) - 2 * (pair - reached), left)
+    near = (tl.arange(0, 64) % 2)[None, None, :]
+    place = of_pairs(tl.where(left > 0, 2 * pair + gap, 0), W, R) + near  # the first pair again where there is none
+    entry = tl.load(ENTRIES + tl.max_contiguous(tl.multiple_of(place, [1, 1, 2]), [1, 1, 2]))
+    key, scores = entry.to(tl.int32), (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    values = ordered(scores)
+    if KEEP:
+        values = with_kept(values, key, start, end, keep_first, keep_recent)
+    keep_best(values, near < of_pairs(left, W, R), key, scores, INDICES, CHOSEN, wanted, W, R, WITH_SCORES)
+
+
+@triton.jit
+def choose_of_row(SCORES, INDICES, start, end, wanted, BC: tl.constexpr, W: tl.constexpr):
+    """The `wanted` best of all scores of one row, which end within BC of a multiple of 16."""
+    R: tl.constexpr = BC // (W * 64)
+    place = start // 16 * 16 + of_pairs(2 * in_order(W, R, 32, R * 32), W, R) + (tl.arange(0, 64) % 2)[None, None, :]
+    key = tl.max_contiguous(tl.multiple_of(place, [1, 1, 2]), [1, 1, 2])
+    scores = tl.load(SCORES + key, mask=key < end, other=0.0)
+    keep_best(ordered(scores), (key >= start) & (key < end), key, scores, INDICES, INDICES, wanted, W, R, False)
 
 
 @triton.jit
@@ -335,7 +498,7 @@ def pad(INDICES, CHOSEN, first, budget, WITH_SCORES: tl.constexpr):
 @triton.jit(do_not_specialize=["row0"])
 def choose_kernel(
     ENTRIES, COUNTS, MAXIMA, SUMS, START, END, INDICES, SIZES, CHOSEN, LSE, FLAGS, row0, S, budget, keep_first, keep_recent, splits, segment,
-    BC: tl.constexpr, WITH_SCORES: tl.constexpr,
+    capacity, BC: tl.constexpr, W: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """A row's selection from its candidates, or a flag where they aren't all there. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
@@ -363,17 +526,19 @@ def choose_kernel(
             slot = origin + tl.arange(0, 1024)
             tl.store(INDICES + slot, start + slot, mask=slot < size)
     elif size > 0:
-        total = 0
+        total, slots = 0, 0
         for j in range(splits):
-            total += tl.load(COUNTS + j)
-        if (total < wanted) | (total > BC):
+            count = tl.load(COUNTS + j)
+            total += count
+            slots += tl.cdiv(count, 2) * 2
+        if (total < wanted) | (total > capacity) | (slots > BC):
             flag = 1
-        elif total <= BC // 2:
+        elif slots <= BC // 2:
             choose(
-                ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, total, keep_first, keep_recent, splits, segment, BC // 2, WITH_SCORES
+                ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, keep_first, keep_recent, splits, segment, BC // 2, W, KEEP, WITH_SCORES
             )  # fmt: skip
         else:
-            choose(ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, total, keep_first, keep_recent, splits, segment, BC, WITH_SCORES)
+            choose(ENTRIES, COUNTS, INDICES, CHOSEN, start, end, wanted, keep_first, keep_recent, splits, segment, BC, W, KEEP, WITH_SCORES)
     tl.store(FLAGS + row, flag)
 
 
@@ -413,182 +578,77 @@ def choose_of_all(SCORES, INDICES, CHOSEN, start, end, wanted, keep_first, keep_
 
 
 @triton.jit
-def before_each(chosen, W: tl.constexpr, R: tl.constexpr):
-    """How many keys of its warp before each key are chosen, `[W, R, 128]`, and how many at all, `[W, 32]`, the same in a warp's threads.
-
-    A thread has R times four neighbouring keys. The counts of up to four of those share an integer, so that they need one scan.
-    """
-    NEAR: tl.constexpr = min(4, R)
-    FAR: tl.constexpr = R // NEAR
-    shift, two = tl.arange(0, NEAR) * 8, tl.arange(0, 2)
-    packed = tl.sum(tl.reshape(chosen, [W, FAR, NEAR, 32, 4]) << shift[None, None, :, None, None], 2)
-    even, odd = tl.split(tl.reshape(packed, [W, FAR, 32, 2, 2]))
-    early, late = tl.split(even + odd)
-    thread = tl.permute(early + late, [1, 0, 2])
-    inside = tl.permute(tl.cumsum(thread, 2) - thread, [1, 0, 2])[:, :, :, None, None]
-    inside += early[:, :, :, None, None] * two[:, None] + even[:, :, :, :, None] * two
-    inside = tl.reshape((inside[:, :, None] >> shift[None, None, :, None, None, None]) & 0xFF, [W, R, 32, 4])
-    rows = tl.broadcast_to(tl.sum(thread, 2, keep_dims=True), [FAR, W, 32])
-    rows = tl.reshape((rows[:, None] >> shift[None, :, None, None]) & 0xFF, [R, W, 32])
-    row = tl.arange(0, R)
-    first = tl.sum(tl.where((row[None, :] < row[:, None])[:, :, None, None], rows[None], 0), 1)
-    return tl.reshape(inside + tl.permute(first, [1, 0, 2])[:, :, :, None], [W, R, 128]), tl.sum(rows, 0)
-
-
-@triton.jit
-def in_order(W: tl.constexpr, R: tl.constexpr, stride):
-    """The keys as `before_each` has them, `[W, R, 128]`; those of a warp begin `stride` behind those of the one before."""
-    return (tl.arange(0, W) * stride)[:, None, None] + (tl.arange(0, R) * 128)[None, :, None] + tl.arange(0, 128)[None, None, :]
-
-
-@triton.jit
-def of_quads(x, W: tl.constexpr, R: tl.constexpr):
-    """`[R, W, 32]` as `[W, R, 128]`."""
-    return tl.reshape(tl.broadcast_to(tl.permute(x, [1, 0, 2])[:, :, :, None], [W, R, 32, 4]), [W, R, 128])
-
-
-@triton.jit
-def of_threads(x, W: tl.constexpr):
-    """`[W, 32]` as `[W, 1, 128]`."""
-    return tl.reshape(tl.broadcast_to(x[:, :, None], [W, 32, 4]), [W, 1, 128])
-
-
-@triton.jit
-def with_kept(scores, key, start, end, keep_first, keep_recent):
-    """Scores, infinite where keys are kept whatever they score."""
-    return tl.where((key - start < keep_first) | (key >= end - keep_recent), float("inf"), scores)
-
-
-@triton.jit
 def threshold_of(SCORES, start, end, S, budget, keep_first, keep_recent, stride, BM: tl.constexpr, KEEP: tl.constexpr):
-    """From which point of the order on keys of a row are candidates: (rank, position), as in `threshold_kernel`."""
+    """From which point of the order on keys of a row are candidates: (score, position), as in `threshold_kernel`."""
     key = (sampled_key(tl.arange(0, BM // PIECE), stride) * PIECE)[:, None] + tl.arange(0, PIECE)
     scores = tl.load(SCORES + key, mask=key < S, other=0.0)
     if KEEP:
         scores = with_kept(scores, key, start, end, keep_first, keep_recent)
     seen = (key >= start) & (key < end)
-    rank = tl.where(seen, rank_alone(scores), LOWEST)
+    values = ordered(scores)
+    highest = tl.max(tl.where(seen, values, float("-inf"))) + 0.0  # -0.0 becomes 0.0
+    values = tl.where(seen, values, float("nan"))
     number = tl.sum(seen.to(tl.int32))
     expected = budget * (number / (end - start).to(tl.float32))
     # Four standard deviations more where neighbours are all alike, and eleven where they have nothing to do with each other.
     wanted = tl.ceil(expected + 4 * tl.sqrt(expected * PIECE) + 4).to(tl.int32)
     most = wanted + wanted // 16
-    point, position = tl.full([], -RANK_FINITE - 1, tl.int32), start  # everything
+    point, position = tl.full([], -FINITE, tl.float32), start  # everything
     if wanted <= number:
-        point, position = point_of(rank, key, wanted, most, tl.full([], RANK_NAN, tl.int32), start, end, position)
+        point, position = point_of(values, key, wanted, most, highest, start, end, position)
     return point, position
 
 
 @triton.jit
-def collect(
-    SCORES, VALUES, KEYS, COUNTS, start, end, lowest, position, part, segment, S, W: tl.constexpr, DIRECT: tl.constexpr, STAGES: tl.constexpr
-):  # fmt: skip
-    """Each warp appends the candidates of its part of the keys to its segment of VALUES and KEYS; COUNTS `[W]` may exceed what is stored."""
+def before_quads(number, W: tl.constexpr):
+    """How many of its warp are chosen before each four, of which `number` `[W, 4, 32]` are, in the same shape; and how many at all, `[W, 32]`.
+
+    The counts of a thread share an integer, so that they need one scan.
+    """
+    row = tl.arange(0, 4)
+    shift = (row * 8)[:, None, None]
+    thread = tl.sum(number << (row * 8)[None, :, None], 1)
+    inside = ((tl.cumsum(thread, 1) - thread)[None] >> shift) & 0xFF
+    rows = (tl.broadcast_to(tl.sum(thread, 1, keep_dims=True), [W, 32])[None] >> shift) & 0xFF
+    first = tl.sum(tl.where((row[None, :] < row[:, None])[:, :, None, None], rows[None], 0), 1)
+    return tl.permute(inside + first, [1, 0, 2]), tl.sum(rows, 0)
+
+
+@triton.jit
+def collect(SCORES, ENTRIES, COUNTS, start, end, lowest, position, part, segment, S, W: tl.constexpr, STAGES: tl.constexpr):
+    """Each warp appends the candidates of its part of the keys to its segment of ENTRIES; COUNTS `[W]` may exceed what is stored."""
     warp = tl.arange(0, W)[:, None]
     above = next_score(lowest)
     count = tl.broadcast_to(warp * segment, [W, 32])
-    room = of_threads(count, W) + segment - 512
-    low, offset = start // 512 * 512, in_order(W, 4, part)
+    room = count + segment - 512 - 2
+    low, offset, quad = start // 512 * 512, in_order(W, 4, 128, part), 4 * in_order(W, 4, 32, part // 4)
     for origin in tl.range(low, low + part, 512, num_stages=STAGES):
-        key = tl.multiple_of(origin, 512) + offset
+        origin = tl.multiple_of(origin, 512)
+        key = origin + offset
         scores = tl.load(SCORES + key, mask=key < S, other=0.0)
-        ranked = tl.maximum(scores, -FINITE)  # NaN too
         if (origin < start) | (origin + (W - 1) * part + 512 > end):
-            ranked = tl.where((key >= start) & (key < end), ranked, float("-inf"))
-        least = tl.where(origin + warp[:, :, None] * part >= position, lowest, above)
-        before, more = before_each((ranked >= least).to(tl.int32), W, 4)
-        slot = tl.minimum(of_threads(count, W), room) + before  # what has no room is of no use
-        append_row(VALUES, KEYS, slot, scores, key, ranked, least, DIRECT)
+            scores = tl.where((key >= start) & (key < end), scores, float("nan"))
+        least = tl.where(origin + warp * part >= position, lowest, above)[:, :, None]
+        even, odd = tl.split(tl.reshape(scores, [W, 4, 32, 2, 2]))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        pair = reaching_of_two(a, b, least)
+        before, more = before_quads(pair + reaching_of_two(c, d, least), W)
+        slot = tl.broadcast_to(tl.minimum(count, room)[:, None, :], [W, 4, 32]) + before  # what has no room is of no use
+        append_pairs(ENTRIES, slot, origin + quad, a, b, a, b, least)
+        append_pairs(ENTRIES, slot + pair, origin + quad + 2, c, d, c, d, least)
         count += more
     tl.store(COUNTS + tl.broadcast_to(warp, [W, 32]), count - warp * segment)
-
-
-@triton.jit
-def append_row(VALUES, KEYS, slot, scores, key, ranked, least, DIRECT: tl.constexpr):
-    """Stores scores and keys where ranked >= least; DIRECT leaves them with the threads that have them, as in `append`."""
-    if DIRECT:
-        tl.inline_asm_elementwise(
-            """{ .reg .pred p; .reg .b64 a; setp.ge.f32 p, $6, $7; mad.wide.u32 a, $3, 4, $1; @p st.global.b32 [a], $4;
-            mad.wide.u32 a, $3, 4, $2; @p st.global.b32 [a], $5; mov.u32 $0, 0; }""",
-            "=r,l,l,r,r,r,r,r",
-            [VALUES.to(tl.int64, bitcast=True), KEYS.to(tl.int64, bitcast=True), slot, scores, key, ranked, least],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(VALUES + slot, scores, mask=ranked >= least)
-        tl.store(KEYS + slot, key, mask=ranked >= least)
-
-
-@triton.jit
-def put(out, slot, values, mask, DIRECT: tl.constexpr):
-    """tl.store of int32; DIRECT leaves values with the threads that have them."""
-    if DIRECT:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b64 a; setp.ne.s32 p, $4, 0; mad.wide.u32 a, $2, 4, $1; @p st.global.b32 [a], $3; mov.u32 $0, 0; }",
-            "=r,l,r,r,r",
-            [out.to(tl.int64, bitcast=True), slot, values, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(out + slot, values, mask=mask)
-
-
-@triton.jit
-def keep_best(
-    SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment,
-    W: tl.constexpr, BC: tl.constexpr, SEGMENTS: tl.constexpr, DIRECT: tl.constexpr,
-):  # fmt: skip
-    """The `wanted` best of a row's candidates in SEGMENTS, or, where there are none, of all its scores; at most BC, of which gaps take some."""
-    R: tl.constexpr = BC // (W * 128)
-    if SEGMENTS == 0:
-        place = start // 16 * 16 + in_order(W, R, BC // W)
-        real = (place >= start) & (place < end)
-        scores = tl.load(SCORES + place, mask=place < end, other=0.0)
-    else:
-        slot = in_order(W, R, BC // W)
-        quad = (tl.arange(0, W) * (R * 32))[None, :, None] + (tl.arange(0, R) * 32)[:, None, None] + tl.arange(0, 32)[None, None, :]
-        gap, left, reached = tl.zeros_like(quad), tl.load(COUNTS) - 4 * quad, 0
-        for j in tl.static_range(1, SEGMENTS):
-            quads = tl.cdiv(tl.load(COUNTS + j - 1), 4)
-            reached += quads
-            gap += tl.where(quad >= reached, segment - 4 * quads, 0)
-            left = tl.where(quad >= reached, tl.load(COUNTS + j) - 4 * (quad - reached), left)
-        place = tl.max_contiguous(tl.multiple_of(slot + of_quads(gap, W, R), [1, 1, 4]), [1, 1, 4])
-        real = slot % 4 < of_quads(left, W, R)
-        scores = tl.load(VALUES + place, mask=real, other=0.0)
-    rank = tl.where(real, rank_alone(scores), LOWEST)
-    point = greatest(rank, wanted, wanted, tl.min(tl.where(real, rank, RANK_KEPT)), tl.max(rank) + 1)
-    kept = (rank >= point).to(tl.int32)
-    before, number = before_all(kept, W, R)
-    if number > wanted:  # the oldest of those at the threshold go
-        equals, _ = before_all((rank == point).to(tl.int32), W, R)
-        kept = tl.where((rank > point) | (equals >= number - wanted), kept, 0)
-        before -= tl.minimum(equals, number - wanted)
-    if SEGMENTS == 0:
-        key = place
-    else:
-        key = tl.load(KEYS + place, mask=kept != 0, other=0)
-    put(INDICES, before, key, kept != 0, DIRECT)
-
-
-@triton.jit
-def before_all(chosen, W: tl.constexpr, R: tl.constexpr):
-    """How many keys before each key are chosen, `[W, R, 128]`, and how many at all."""
-    before, number = before_each(chosen, W, R)
-    number = tl.max(number, 1)
-    return before + (tl.cumsum(number, 0) - number)[:, None, None], tl.sum(number)
+    behind = tl.minimum(tl.max(count, 1), tl.arange(0, W) * segment + segment - 2)[:, None] + tl.arange(0, 2)  # candidates are read two at a time
+    tl.store(ENTRIES + behind, tl.zeros_like(behind).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["row0", "stride"])
 def row_candidates_kernel(
-    SCORES, START, END, VALUES, KEYS, COUNTS, stride_row, row0, S, budget, stride, segment,
-    BM: tl.constexpr, BC: tl.constexpr, W: tl.constexpr, DIRECT: tl.constexpr, STAGES: tl.constexpr,
+    SCORES, START, END, ENTRIES, COUNTS, stride_row, row0, S, budget, stride, segment,
+    BM: tl.constexpr, BC: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The candidates of a row of more than BC scores, VALUES and KEYS `[W, segment]` and COUNTS `[W]`. Grid: rows."""
+    """The candidates of a row of more than BC scores, ENTRIES `[W, segment]` and COUNTS `[W]`. Grid: rows."""
     here = tl.program_id(0).to(tl.int64)
     row = row0 + here
     start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
@@ -598,16 +658,14 @@ def row_candidates_kernel(
         low = start // 512 * 512
         part = tl.cdiv(end - low, 512 * W) * 512
         position = low + tl.maximum(position - low, 0) // 512 * 512
-        collect(
-            SCORES, VALUES + here * W * segment, KEYS + here * W * segment, COUNTS + here * W, start, end,
-            score_at(point), position, part, segment, S, W, DIRECT, STAGES,
-        )  # fmt: skip
+        lowest = tl.where(point == -FINITE, float("-inf"), point)
+        collect(SCORES, ENTRIES + here * W * segment, COUNTS + here * W, start, end, lowest, position, part, segment, S, W, STAGES)
 
 
 @triton.jit(do_not_specialize=["row0"])
 def choose_row_kernel(
-    SCORES, START, END, VALUES, KEYS, COUNTS, INDICES, SIZES, stride_row, row0, S, budget, segment,
-    BC: tl.constexpr, W: tl.constexpr, SEGMENTS: tl.constexpr, SAMPLED: tl.constexpr, DIRECT: tl.constexpr,
+    SCORES, START, END, ENTRIES, COUNTS, INDICES, SIZES, stride_row, row0, S, budget, segment,
+    BC: tl.constexpr, W: tl.constexpr, SEGMENTS: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """A row's selection from its candidates, or from its scores where those are few or the candidates aren't all there. Grid: rows."""
     here = tl.program_id(0).to(tl.int64)
@@ -625,25 +683,71 @@ def choose_row_kernel(
             tl.store(INDICES + slot, start + slot, mask=slot < size)
     elif span <= BC:
         if SAMPLED and span <= BC // 2:
-            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC // 2, 0, DIRECT)
+            choose_of_row(SCORES, INDICES, start, end, wanted, BC // 2, W)
         else:
-            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC, 0, DIRECT)
+            choose_of_row(SCORES, INDICES, start, end, wanted, BC, W)
     elif SAMPLED:
-        VALUES, KEYS, COUNTS = VALUES + here * SEGMENTS * segment, KEYS + here * SEGMENTS * segment, COUNTS + here * SEGMENTS
+        ENTRIES, COUNTS = ENTRIES + here * SEGMENTS * segment, COUNTS + here * SEGMENTS
         counts = tl.load(COUNTS + tl.arange(0, SEGMENTS))
-        slots = tl.sum(tl.cdiv(counts, 4)) * 4
+        slots = tl.sum(tl.cdiv(counts, 2)) * 2
         if (tl.sum(counts) < wanted) | (slots > BC):
             choose_of_all(SCORES, INDICES, INDICES, start, end, wanted, 0, 0, 2048, False)
         elif slots <= BC // 2:
-            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC // 2, SEGMENTS, DIRECT)
+            choose(ENTRIES, COUNTS, INDICES, INDICES, start, end, wanted, 0, 0, SEGMENTS, segment, BC // 2, W, False, False)
         else:
-            keep_best(SCORES, VALUES, KEYS, COUNTS, INDICES, start, end, wanted, segment, W, BC, SEGMENTS, DIRECT)
+            choose(ENTRIES, COUNTS, INDICES, INDICES, start, end, wanted, 0, 0, SEGMENTS, segment, BC, W, False, False)
+
+
+@triton.jit
+def before_each(chosen, W: tl.constexpr):
+    """How many before each of four neighbours of each thread are chosen, `[W, 1, 128]` as `chosen`, and how many at all."""
+    even, odd = tl.split(tl.reshape(chosen, [W, 32, 2, 2]))
+    early, late = tl.split(even + odd)
+    thread, two = early + late, tl.arange(0, 2)
+    warps = tl.sum(thread, 1)
+    inside = tl.cumsum(thread, 1) - thread + (tl.cumsum(warps, 0) - warps)[:, None]
+    inside = inside[:, :, None, None] + early[:, :, None, None] * two[:, None] + even[:, :, :, None] * two
+    return tl.reshape(inside, [W, 1, 128]), tl.sum(warps)
+
+
+@triton.jit
+def append_row(VALUES, KEYS, slot, scores, key, ranked, least):
+    """Stores scores and keys where ranked >= least."""
+    if INTERPRETED:
+        tl.store(VALUES + slot, scores, mask=ranked >= least)
+        tl.store(KEYS + slot, key, mask=ranked >= least)
+    else:  # the same by the threads that have them, as in `append_pairs`
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b64 a; setp.ge.f32 p, $6, $7; mad.wide.u32 a, $3, 4, $1; @p st.global.b32 [a], $4;
+            mad.wide.u32 a, $3, 4, $2; @p st.global.b32 [a], $5; mov.u32 $0, 0; }""",
+            "=r,l,l,r,r,r,r,r",
+            [VALUES.to(tl.int64, bitcast=True), KEYS.to(tl.int64, bitcast=True), slot, scores, key, ranked, least],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def put(out, slot, values, mask):
+    """tl.store of int32."""
+    if INTERPRETED:
+        tl.store(out + slot, values, mask=mask)
+    else:  # the same by the threads that have them, as in `append_pairs`
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b64 a; setp.ne.s32 p, $4, 0; mad.wide.u32 a, $2, 4, $1; @p st.global.b32 [a], $3; mov.u32 $0, 0; }",
+            "=r,l,r,r,r",
+            [out.to(tl.int64, bitcast=True), slot, values, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit(do_not_specialize=["stride"])
 def part_candidates_kernel(
     SCORES, START, END, VALUES, KEYS, COUNTS, MAXIMA, SUMS, stride_row, S, budget, keep_first, keep_recent, stride, part, segment,
-    BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr, DIRECT: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """The candidates of `part` keys of a row, VALUES and KEYS `[parts, segment]` and COUNTS `[parts]`. Grid: rows, parts.
 
@@ -654,15 +758,14 @@ def part_candidates_kernel(
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * part
     here = row * tl.num_programs(1) + tl.program_id(1)
     SCORES, VALUES, KEYS = SCORES + row * stride_row, VALUES + here * segment, KEYS + here * segment
-    key = first + in_order(ROWS, 1, 128)
+    key = first + in_order(ROWS, 1, 128, 128)
     scores = tl.load(SCORES + key, mask=key < S, other=0.0)  # on their way while the threshold is looked for
     start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
     if not WITH_SCORES:  # a row that keeps all it sees needs no candidates
         end = tl.where(end - start <= budget, 0, end)
-    point, position = tl.full([], -RANK_FINITE - 1, tl.int32), start  # everything
+    lowest, position = tl.full([], -FINITE, tl.float32), start  # everything
     if end - start > BC - 8:  # the first part that is seen and the last may leave gaps
-        point, position = threshold_of(SCORES, start, end, S, budget, keep_first, keep_recent, stride, BM, KEEP)
-    lowest = score_at(point)
+        lowest, position = threshold_of(SCORES, start, end, S, budget, keep_first, keep_recent, stride, BM, KEEP)
     above, count = next_score(lowest), 0
     largest, sums = tl.full([ROWS, 1, 128], float("-inf"), tl.float32), tl.zeros([ROWS, 1, 128], tl.float32)
     last = tl.minimum(first + part, end)
@@ -674,8 +777,8 @@ def part_candidates_kernel(
             ranked = with_kept(ranked, key, start, end, keep_first, keep_recent)
         ranked = tl.where(seen, ranked, float("-inf"))
         least = tl.where(key >= position, lowest, above)
-        before, number = before_all((ranked >= least).to(tl.int32), ROWS, 1)
-        append_row(VALUES, KEYS, tl.minimum(count, segment - BN) + before, scores, key, ranked, least, DIRECT)  # a full segment is of no use
+        before, number = before_each((ranked >= least).to(tl.int32), ROWS)
+        append_row(VALUES, KEYS, tl.minimum(count, segment - BN) + before, scores, key, ranked, least)  # a full segment is of no use
         count += number
         if WITH_SCORES:
             largest, sums = add_exponentials(largest, sums, tl.where(seen, scores, float("-inf")))
@@ -707,7 +810,7 @@ def of_each(x, ROWS: tl.constexpr):
 @triton.jit
 def keep_best_of_parts(
     VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment,
-    BC: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr, DIRECT: tl.constexpr,
+    BC: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """The `wanted` best of a row's candidates, `counts` `[PARTS]` of them, in at most BC slots; each part begins at a multiple of four."""
     ROWS: tl.constexpr = BC // 128
@@ -725,20 +828,20 @@ def keep_best_of_parts(
     rank = tl.where(real, rank, LOWEST)
     point = greatest(rank, wanted, wanted, tl.min(tl.where(real, rank, RANK_KEPT)), tl.max(rank) + 1)
     kept = (rank >= point).to(tl.int32)
-    before, number = before_all(kept, ROWS, 1)
+    before, number = before_each(kept, ROWS)
     if number > wanted:  # the oldest of those at the threshold go
-        equals, _ = before_all((rank == point).to(tl.int32), ROWS, 1)
+        equals, _ = before_each((rank == point).to(tl.int32), ROWS)
         kept = tl.where((rank > point) | (equals >= number - wanted), kept, 0)
         before -= tl.minimum(equals, number - wanted)
-    put(INDICES, before, key, kept != 0, DIRECT)
+    put(INDICES, before, key, kept != 0)
     if WITH_SCORES:
-        put(CHOSEN.to(tl.pointer_type(tl.int32), bitcast=True), before, scores.to(tl.int32, bitcast=True), kept != 0, DIRECT)
+        put(CHOSEN.to(tl.pointer_type(tl.int32), bitcast=True), before, scores.to(tl.int32, bitcast=True), kept != 0)
 
 
 @triton.jit
 def choose_parts_kernel(
     SCORES, START, END, VALUES, KEYS, COUNTS, MAXIMA, SUMS, INDICES, SIZES, CHOSEN, LSE, stride_row, S, budget, keep_first, keep_recent, parts,
-    segment, BC: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr, DIRECT: tl.constexpr,
+    segment, BC: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """A row's selection from the candidates of its parts, or, where they aren't all there, from all its scores. Grid: rows."""
     row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
@@ -765,12 +868,12 @@ def choose_parts_kernel(
         elif slots <= BC // 2:
             keep_best_of_parts(
                 VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment, BC // 2, PARTS,
-                KEEP, WITH_SCORES, DIRECT,
+                KEEP, WITH_SCORES,
             )  # fmt: skip
         else:
             keep_best_of_parts(
                 VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment, BC, PARTS,
-                KEEP, WITH_SCORES, DIRECT,
+                KEEP, WITH_SCORES,
             )  # fmt: skip
 
 

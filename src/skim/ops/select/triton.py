@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skim.ops.score import triton as score
 from skim.ops.score.pages import length
-from skim.ops.score.triton import INTERPRETED, PROGRAMS, Tile, operands
+from skim.ops.score.triton import PROGRAMS, Tile, operands
 from skim.ops.score.weights import head_weights
 from skim.ops.select.kernels import (
     PIECE,
@@ -31,8 +31,8 @@ from skim.ops.select.kernels import (
 
 ROW_SAMPLE = 2048  # keys that a row of scores in memory is sampled at, at least
 ROW_CAPACITY = 8192  # candidates that it may have, at most
-ROW_WARPS = 4, 8  # of the programs that find candidates, and of those that choose from them
-ROW_REGISTERS = 128  # of their threads, at most: without a limit fewer programs share a processor, and choosing takes 1.6 times as long
+ROW_WARPS = 2, 8  # of the programs that find candidates, and of those that choose from them
+REGISTERS = 128, 80  # of their threads, at most: without a limit fewer programs share a processor, and choosing takes 1.6 times as long
 BUDGET = 8192  # the candidates of a row lie in the registers of one program
 STRATA = 32768  # keys that a row may have to be sampled at
 SAMPLE = 4096  # keys that a row is sampled at, at most
@@ -110,7 +110,7 @@ def _select(
     splits = min(max(1, 2 * PROGRAMS // tiles), triton.cdiv(S, SPLIT))  # no more than fill the card in whole waves
     split = triton.cdiv(triton.cdiv(S, splits), BN) * BN
     splits = triton.cdiv(S, split)
-    segment = min(capacity, split) + BN
+    segment = min(capacity, split) + BN + 16  # room for a tile and a pair; a multiple of 16, so that pairs are known to be aligned
     # One piece of memory holds the sample of a chunk of rows, then their candidates, then all scores of those that are done again.
     per_row = max(8 * splits * segment, 4 * strata)
     step = max(1, (workspace_mb << 20) // (BQ * (per_row + 16 * splits)))
@@ -126,7 +126,7 @@ def _select(
     found = torch.empty(held, splits, dtype=torch.int32, device=device)
     maxima, sums = (torch.empty((held, splits) if with_scores else (0,), dtype=torch.float32, device=device) for _ in range(2))
 
-    keep = keep_first, keep_recent
+    keep, whole = (keep_first, keep_recent), capacity - 2  # keys of a row that may all be candidates: its first segment and its last leave gaps
     shapes = {**tile.constants, **constants, "STAGES": tile.stages, "num_warps": tile.WARPS, "enable_fp_fusion": True}
     for tile0 in range(0, tiles, step):
         number = min(step, tiles - tile0)
@@ -137,20 +137,21 @@ def _select(
             shares = min(max(1, PROGRAMS // number), triton.cdiv(strata, BN))
             share = triton.cdiv(triton.cdiv(strata, shares), BN) * BN
             sample_kernel[(number, triton.cdiv(strata, share))](
-                *inputs, start, end, memory.view(torch.int32), *strides, *place, *keep, capacity, stride, share, **shapes, BM=strata
+                *inputs, start, end, memory.view(torch.int32), *strides, *place, *keep, whole, stride, share, **shapes, BM=strata
             )
             threshold_kernel[(here,)](
-                memory.view(torch.int32), start, end, points, positions, row0, S, budget, capacity, stride,
-                BM=strata, num_warps=min(16, max(4, strata // 1024)),
+                memory.view(torch.int32), start, end, points, positions, row0, S, budget, whole, stride,
+                BM=strata, num_warps=min(16, max(1, strata // 1024)),
             )  # fmt: skip
         candidates_kernel[(number, splits)](
             *inputs, start, end, points, positions, memory, found, maxima, sums, *strides, *place, budget, *keep, split, segment,
-            **shapes, SAMPLED=strata > 0, DIRECT=not INTERPRETED, ROW_WARPS=min(tile.WARPS, tile.BN // 16), KEEP=sum(keep) > 0,
-            WITH_SCORES=with_scores,
+            **shapes, SAMPLED=strata > 0, ROW_WARPS=min(tile.WARPS, tile.BN // 16), KEEP=sum(keep) > 0, WITH_SCORES=with_scores,
         )  # fmt: skip
+        choosing = min(16, max(1, capacity // (1024 if here > PROGRAMS else 512)))
         choose_kernel[(here,)](
             memory, found, maxima, sums, start, end, indices, counts, chosen, lse, flags, row0, S, budget, *keep, splits, segment,
-            BC=capacity, WITH_SCORES=with_scores, num_warps=min(16, max(4, capacity // (2048 if here > PROGRAMS else 512))),
+            capacity, BC=max(capacity, 128 * choosing), W=choosing, KEEP=sum(keep) > 0, WITH_SCORES=with_scores,
+            num_warps=choosing, maxnreg=REGISTERS[1] if choosing < 16 else 128,  # sixteen warps leave no room for a second program
         )  # fmt: skip
         if strata:
             exhaustive_kernel[(again,)](
@@ -212,23 +213,22 @@ def top_k(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb:
     counts = torch.empty(rows, dtype=torch.int32, device=scores.device)
     warps, choosing = ROW_WARPS
     part = triton.cdiv(triton.cdiv(S, warps) + 512, 512) * 512
-    segment = min(capacity, part) + 512 if samples else 16
+    segment = min(capacity, part) + 512 + 16 if samples else 16  # as in `_select`
     step = min(rows, max(1, (workspace_mb << 20) // (warps * (8 * segment + 4))))
     step = step // PROGRAMS * PROGRAMS or step  # whole waves of programs
-    values = torch.empty(step * warps * segment, dtype=torch.float32, device=scores.device)
-    keys = torch.empty(step * warps * segment, dtype=torch.int32, device=scores.device)
+    entries = torch.empty(step * warps * segment, dtype=torch.int64, device=scores.device)
     found = torch.empty(step * warps, dtype=torch.int32, device=scores.device)
     stride = triton.cdiv(S, max(samples, 1))
     for row0 in range(0, rows, step):
         grid = (min(step, rows - row0),)
         if samples:
             row_candidates_kernel[grid](
-                scores, start, end, values, keys, found, scores.stride(0), row0, S, budget, stride, segment,
-                BM=samples, BC=capacity, W=warps, DIRECT=not INTERPRETED, STAGES=3, num_warps=warps, maxnreg=ROW_REGISTERS,
+                scores, start, end, entries, found, scores.stride(0), row0, S, budget, stride, segment,
+                BM=samples, BC=capacity, W=warps, STAGES=3, num_warps=warps, maxnreg=REGISTERS[0],
             )  # fmt: skip
         choose_row_kernel[grid](
-            scores, start, end, values, keys, found, indices, counts, scores.stride(0), row0, S, budget, segment,
-            BC=capacity, W=choosing, SEGMENTS=warps, SAMPLED=samples > 0, DIRECT=not INTERPRETED, num_warps=choosing, maxnreg=ROW_REGISTERS,
+            scores, start, end, entries, found, indices, counts, scores.stride(0), row0, S, budget, segment,
+            BC=capacity, W=choosing, SEGMENTS=warps, SAMPLED=samples > 0, num_warps=choosing, maxnreg=REGISTERS[1],
         )  # fmt: skip
     return indices, counts
 
@@ -242,7 +242,7 @@ def row_sampling(budget: int, S: int) -> tuple[int, int]:
     while True:
         expected = budget * samples / S
         wanted = (expected + 4 * math.sqrt(PIECE.value * expected) + 4) * 17 / 16  # as in threshold_of
-        likely = S / samples * (wanted + 4 * math.sqrt(PIECE.value * wanted)) + 512 + 4 * ROW_WARPS[0]
+        likely = S / samples * (wanted + 4 * math.sqrt(PIECE.value * wanted)) + 512 + ROW_WARPS[0]
         capacity = max(least, triton.next_power_of_2(max(budget, math.ceil(likely))))
         if capacity <= ROW_CAPACITY or samples >= 8192:
             return samples, capacity
@@ -282,7 +282,7 @@ def _select_few(
     lse = torch.empty(rows if with_scores else 0, dtype=torch.float32, device=device)
     finding, choosing = PART_WARPS[0], min(PART_WARPS[1], capacity // 256)
     keep = keep_first, keep_recent
-    constants = {"BC": capacity, "KEEP": sum(keep) > 0, "WITH_SCORES": with_scores, "DIRECT": not INTERPRETED}
+    constants = {"BC": capacity, "KEEP": sum(keep) > 0, "WITH_SCORES": with_scores}
     part_candidates_kernel[(rows, parts)](
         scores, start, end, values, keys, found, maxima, sums, scores.stride(0), S, budget, *keep, triton.cdiv(S, samples), part, segment,
         BM=samples, BN=PART, **constants, num_warps=finding,
