@@ -118,6 +118,8 @@ def test_every_job_runs_and_the_report_fills_the_table(monkeypatch, lab, tmp_pat
     assert all(score.score(targets[name], [("report.json", found)]) is not None for name in ("R7", "R8", "R9"))  # others name budgets of 8192 tokens
 
     proof = script("proof", BENCHMARKS.parent / "docs")
+    apart = "recipes_on_the_selection_split"  # which no job measures
+    found[apart] = json.loads((BENCHMARKS / "results/smollm2-retrofit.json").read_text())[apart]
     for name, make in proof.TABLES.items():
         arguments = ["16"] if name == "domains" else []
         header, rows = make(found, *arguments)
