@@ -10,7 +10,7 @@ import torch
 import transformers
 from tiny import FAMILIES, build, convert, generate, logits, recorded, sparse, tokens
 from transformers import DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 import skim
 from skim.huggingface import attention
@@ -289,6 +289,16 @@ def test_a_static_cache_of_left_padded_rows(score_dtype, arguments):
     mask[0, :12] = 0
     arguments = {"attention_mask": mask, **arguments}
     assert torch.equal(generate(model, IDS, cache_implementation="static", **arguments), generate(model, IDS, **arguments))
+
+
+def test_layers_of_a_cache_may_be_of_several_kinds():
+    model = sparse("llama", budget=64)
+    mixed = Cache(layers=[DynamicLayer(), StaticLayer(64), DynamicLayer()])
+    _, whole = prefilled(model, IDS, mixed)  # within the budget: keys are made behind the layers' own updates, where those allow it
+    dynamic, wanted = prefilled(model)
+    assert torch.equal(whole, wanted)
+    for found, other in zip(mixed.layers, dynamic.layers):
+        assert torch.equal(found.index_keys[:, : IDS.shape[1]], other.index_keys)
 
 
 def test_a_static_cache_reads_nothing_behind_what_was_written():

@@ -72,6 +72,23 @@ def test_what_an_attention_ran_before_runs_behind_ours_and_comes_back(place):
     assert torch.equal(logits(model, IDS), expected) and len(calls) == 6
 
 
+def test_a_wrapper_that_somebody_put_around_our_forward_outlives_revert():
+    model = build("llama")
+    expected = logits(model, IDS)
+    convert(model, budget=30)
+    for layer in attentions(model).values():
+        ours = layer.forward
+        layer.forward = lambda *args, ours=ours, **kwargs: ours(*args, **kwargs)
+    assert torch.equal(logits(skim.revert(model), IDS), expected)
+
+
+def test_a_replica_of_data_parallel_is_refused_by_name():
+    model = convert(build("llama"))
+    replica = model.model._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match="expected one that DistributedDataParallel wraps"):
+        replica(IDS)
+
+
 @pytest.mark.parametrize(
     ("pattern", "layers", "expected"),
     [

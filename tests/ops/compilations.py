@@ -174,7 +174,8 @@ def select(capability: int) -> Iterator[Call]:
     for name, inputs in indexers(capability, T, S):
         yield f"{name} select of 2048", partial(kernels.select, *inputs, *interval, 2048, 0, 0, False, 512)
         if name == "4x64 bf16" and capability == 90:
-            yield f"{name} select of 8192 with scores", partial(kernels.select, *inputs, *interval, 8192, 1, 1, True, 512)
+            for budget in (2048, 8192):
+                yield f"{name} select of {budget} with scores", partial(kernels.select, *inputs, *interval, budget, 1, 1, True, 512)
     for name, inputs, table in cached(T):
         yield f"{name} select of 64", partial(kernels.select, *inputs, *interval, 64, 0, 0, False, 512, table)
     for name, inputs in indexers(capability, 1, S):

@@ -66,7 +66,7 @@ def test_any_number_of_heads(H: int, G: int, R: int, D: int, launches: list[int]
     assert launches
 
 
-@pytest.mark.parametrize("K", [1, 64, 200])
+@pytest.mark.parametrize("K", [1, 127, 128, 129, 200])
 def test_any_number_of_keys(K: int, launches: list[int]) -> None:
     check(*inputs(1, 24, 300, 32, 2, 128), random_indices(1, 24, 1, K, 300))
     assert launches

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skim.huggingface import record
-from skim.huggingface.cache import append_index_keys, holds_index_keys, indexed_layer, takes_late_index_keys
+from skim.huggingface.cache import append_index_keys, holds_index_keys, indexed_layer, layer_of, takes_late_index_keys
 from skim.huggingface.masks import PREFIX, is_decided_dense, is_visibility, sees_no_more, unpack_visibility
 from skim.huggingface.state import Forward, HandOver, LayerInputs, State, Waiting, source_of
 from skim.modules import IndexTensors, LightningIndexer
@@ -57,6 +57,8 @@ HARMLESS = {
 def open_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pre-hook of the decoder."""
     state: State = decoder.skim_state  # type: ignore[assignment]
+    if getattr(decoder, "_is_replica", False):  # its attentions' bound forwards are those of the original
+        raise ValueError("model: expected one that DistributedDataParallel wraps (torchrun), got a replica of nn.DataParallel's")
     now = decoder.config._attn_implementation  # type: ignore[union-attr]
     if now != PREFIX + state.original:
         raise ValueError(
@@ -92,8 +94,8 @@ def hand_over(module: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs
     """What stands in front of `inner`, an attention module's own forward. (A hook would cost a call three times as much.)"""
     forward = kwargs.get("skim")
     if not isinstance(forward, Forward):
-        state: State = module.skim_state  # type: ignore[assignment]
-        if state.limit is None:
+        state: State | None = getattr(module, "skim_state", None)  # type: ignore[assignment]
+        if state is None or state.limit is None:  # reverted behind the back of somebody's wrapper, or dense
             return inner(*args, **kwargs)
         raise ValueError(f"{type(module).__name__}: its decoder doesn't pass keyword arguments on, so Skim can't reach it; skim.revert(model)")
     cache = kwargs.get("past_key_values")
@@ -139,10 +141,10 @@ def _waits(forward: Forward, cache: Any, layer: int, indexer: LightningIndexer, 
 
     Layer by layer their few small kernels would take longer to launch than to run.
     """
-    if not forward.waiting:
-        target = indexed_layer(cache, layer, indexer.score_dtype == "fp8")
-        if not takes_late_index_keys(cache, target):
-            return False
+    if not takes_late_index_keys(cache, layer_of(cache, layer)):
+        return False
+    if not forward.waiting:  # what the first layer's cache refuses is said before anything is written
+        indexed_layer(cache, layer, indexer.score_dtype == "fp8")
         forward.room = workspace(forward.config.workspace_mb, hidden.device) << 19  # inputs are copied once, so half the workspace is theirs
     forward.waiting.append((cache, layer, indexer, hidden, position_embeddings))
     forward.room -= hidden.nbytes

@@ -8,7 +8,10 @@ from typing import Any
 
 
 def bind(module: Any, function: Callable[..., Any]) -> None:
-    """Let a module run `function(module, own, ...)`, with `own` what it ran before."""
+    """Let a module run `function(module, own, ...)`, with `own` what it ran before.
+
+    The module holds itself from then on: behind `del model` its memory is free once Python has collected cycles (`gc.collect()`).
+    """
     name = "_old_forward" if hasattr(module, "_old_forward") else "forward"  # accelerate's hooks put their own in front of it
     setattr(module, name, partial(function, module, getattr(module, name)))
 

@@ -144,7 +144,7 @@ def _twin(layer_class: type, offloading: bool) -> Any:
 
 def takes_late_index_keys(cache: Cache, target: Any) -> bool:
     """Whether a layer's new index keys may follow its own update: not behind what a static layer counts, or to what was offloaded."""
-    return not cache.offloading and not target.static
+    return not cache.offloading and not isinstance(target, StaticLayer)
 
 
 def append_index_keys(cache: Cache, layer: int, new: Tensor) -> Tensor:

@@ -52,5 +52,5 @@ def _writes_in_place(*operands: Tensor) -> bool:
 
 
 def _by_head(x: Tensor) -> Tensor:
-    """A view `[H, B * T, C]` of x `[B, T, H, C]`."""
+    """`[H, B * T, C]` of x `[B, T, H, C]`: a view, where the rows of the batch follow each other."""
     return x.flatten(0, 1).transpose(0, 1)

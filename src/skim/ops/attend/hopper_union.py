@@ -5,7 +5,8 @@ a bit a query and key saying who reads it (see union.py). A program, one a proce
 each in blocks of 128, three of them in shared memory, with three groups of four warps:
 
 - two of `_rows`, each with half of the queries: scores, probabilities, outputs. The values of a block and the scores of the next are
-  multiplied in one go, 1024 cycles; the other group makes its probabilities meanwhile, so that the matrix units always have work;
+  multiplied in one go, 1024 cycles of 128 channels; the other group makes its probabilities meanwhile, so that the matrix units always
+  have work. Where the queries lay, outputs pass on their way to memory;
 - `_gather` copies the keys and values of the blocks ahead, 16 bytes at a time, zeros where there is none.
 
 The groups hand over through barriers in shared memory, as in hopper.py. Blocks are counted over all tasks of a program.

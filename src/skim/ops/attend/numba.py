@@ -253,7 +253,7 @@ def attend(
     h = H // G
     fitting = (workspace_mb << 20) // (4 * ((h + 1) * K + D + v_channels))  # queries
     threads = max(1, min(torch.get_num_threads(), fitting, B * T * G // FEWEST))
-    step = max(1, min(QUERIES, fitting // threads, B * T * G // threads))
+    step = max(1, min(QUERIES, fitting // threads, -(-T // threads)))
     pack = min(T, 4 * step) * K > 4 * S  # keys that are read often are worth a copy that lies together, and spans: one head at a time
     span = max(1, SPAN // max(D, v_channels) if pack else S)
     own = [

@@ -21,7 +21,6 @@ from skim.ops.select.lse import add_exponentials, finite, maximum_and_sum
 PIECE = tl.constexpr(4)  # neighbouring scores in memory that are sampled together, in one load
 FINITE = tl.constexpr(3.4028234663852886e38)
 RANK_KEPT = tl.constexpr(0x7F800000)  # of keys kept whatever they score: that of +inf
-RANK_FINITE = tl.constexpr(0x7F7FFFFF)  # of the largest finite score, and of +inf; that of -inf is -RANK_FINITE - 1
 RANK_NAN = tl.constexpr(-0x7F800001)
 LOWEST = tl.constexpr(-0x80000000)
 
@@ -48,7 +47,7 @@ def with_kept(scores, key, start, end, keep_first, keep_recent):
 
 @triton.jit
 def score_at(rank):
-    """The float32 of a rank, and back: the mapping is its own inverse."""
+    """The float32 of a rank: the inverse of `rank_at`."""
     return (rank ^ ((rank >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
@@ -67,7 +66,7 @@ def rank_at(score):
 
 @triton.jit
 def next_score(scores):
-    """The next larger float32; 0.0 counts as positive."""
+    """The next larger float32, of -0.0 the 0.0 that equals it: then nothing lies between, and no row is cut there."""
     return score_at(rank_at(scores) + 1)
 
 

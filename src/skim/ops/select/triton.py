@@ -32,7 +32,7 @@ from skim.ops.select.kernels import (
 ROW_SAMPLE = 2048  # keys that a row of scores in memory is sampled at, at least
 ROW_CAPACITY = 8192  # candidates that it may have, at most
 ROW_WARPS = 2, 8  # of the programs that find candidates, and of those that choose from them
-REGISTERS = 128, 80  # of their threads, at most: without a limit fewer programs share a processor, and choosing takes 1.6 times as long
+REGISTERS = 128, 80  # of their threads, at most: with 80 three programs of eight warps share a processor
 BUDGET = 8192  # the candidates of a row lie in the registers of one program
 STRATA = 32768  # keys that a row may have to be sampled at
 SAMPLE = 4096  # keys that a row is sampled at, at most
