@@ -20,10 +20,9 @@ def indexed(layer_class: Any) -> Any:
 
     class Indexed(layer_class):  # type: ignore[misc]
         index_keys: Tensor | None = None
-        static = issubclass(layer_class, StaticLayer)
 
         def append_index_keys(self, new: Tensor) -> Tensor:
-            if self.static:
+            if isinstance(self, StaticLayer):
                 return self._write_index_keys(new)
             self.index_keys = new if self.index_keys is None else torch.cat((self.index_keys.to(new.device), new), dim=1)
             return self.index_keys

@@ -18,7 +18,7 @@ from skim.huggingface.state import MODES, LayerInputs, Selector, State, converte
 from skim.modules import LightningIndexer
 from skim.selection import Selection
 
-HOOK_KEYWORDS = ("hidden_states", "position_embeddings", "attention_mask")
+KEYWORDS = ("hidden_states", "position_embeddings", "attention_mask")  # of an attention, which Skim reads on their way
 # Families whose attention changes the mask that it gets, so that Skim's start and end would be lost in it.
 OWN_MASKS = {"doge": "makes a mask of its own from the values"}
 
@@ -113,19 +113,17 @@ def revert(model: nn.Module) -> Any:
     decoder.config._attn_implementation = state.original
     del decoder.config.skim_limit, decoder.config.to_dict
     for layer in converted_layers(model).values():
+        del layer.skim_state
         if mla.family(decoder.config) in mla.FAMILIES:
             mla.release(layer)
             continue
         binding.release(layer, attention.hand_over)
         if hasattr(layer, "indexer"):
             del layer.indexer
-    for module in (*converted_layers(model).values(), decoder):
-        for name in ("skim_hook", "skim_last_hook"):
-            if hasattr(module, name):
-                getattr(module, name).remove()
-        for name in ("skim_state", "skim_hook", "skim_last_hook", "skim_decoder"):
-            if hasattr(module, name):
-                delattr(module, name)
+    decoder.skim_hook.remove()
+    decoder.skim_last_hook.remove()
+    for name in ("skim_state", "skim_hook", "skim_last_hook", "skim_decoder"):
+        delattr(decoder, name)
     return model
 
 
@@ -294,7 +292,7 @@ def _expect_in_memory(layers: dict[int, Any]) -> None:
 def _speaks(module: nn.Module) -> bool:
     if not isinstance(getattr(module, "layer_idx", None), int):
         return False
-    return _takes_keywords(type(module)) and set(HOOK_KEYWORDS) <= set(inspect.signature(type(module).forward).parameters)
+    return _takes_keywords(type(module)) and set(KEYWORDS) <= set(inspect.signature(type(module).forward).parameters)
 
 
 def _takes_keywords(kind: type[nn.Module]) -> bool:

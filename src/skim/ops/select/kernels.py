@@ -26,6 +26,12 @@ LOWEST = tl.constexpr(-0x80000000)
 
 
 @triton.jit
+def interval_of(START, END, row, S):
+    """The keys that a row sees, from `start` to before `end`."""
+    return tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+
+
+@triton.jit
 def rank_alone(scores):
     """`rank_of` where no key is kept anyway."""
     clamped = tl.minimum(tl.maximum(tl.where(scores == 0, 0.0, scores), -FINITE), FINITE)
@@ -199,7 +205,7 @@ def point_of(values, key, wanted, most, highest, start, end, position):
 def threshold_kernel(RANKS, START, END, SCORE, POSITION, row0, S, budget, capacity, stride, BM: tl.constexpr):
     """The point of the order from which on keys are candidates: the score and the position of about the right sampled key."""
     row = tl.program_id(0)
-    start, end = tl.maximum(tl.load(START + row0 + row), 0), tl.minimum(tl.load(END + row0 + row), S)
+    start, end = interval_of(START + row0, END + row0, row, S)
     point, position = tl.full([], -FINITE, tl.float32), tl.full([], LOWEST, tl.int32)  # everything
     if end - start > capacity:
         stratum = tl.arange(0, BM)
@@ -494,6 +500,17 @@ def pad(INDICES, CHOSEN, first, budget, WITH_SCORES: tl.constexpr):
             tl.store(CHOSEN + slot, float("-inf"), mask=slot < budget)
 
 
+@triton.jit
+def open_row(START, END, SIZES, INDICES, CHOSEN, row, S, budget, WITH_SCORES: tl.constexpr):
+    """Interval of a row, how many keys it sees, and how many it selects; writes the last, and what stands behind them in INDICES and CHOSEN."""
+    start, end = interval_of(START, END, row, S)
+    size = tl.maximum(end - start, 0)
+    wanted = tl.minimum(size, budget)
+    tl.store(SIZES + row, wanted)
+    pad(INDICES, CHOSEN, wanted, budget, WITH_SCORES)
+    return start, end, size, wanted
+
+
 @triton.jit(do_not_specialize=["row0"])
 def choose_kernel(
     ENTRIES, COUNTS, MAXIMA, SUMS, START, END, INDICES, SIZES, CHOSEN, LSE, FLAGS, row0, S, budget, keep_first, keep_recent, splits, segment,
@@ -502,18 +519,14 @@ def choose_kernel(
     """A row's selection from its candidates, or a flag where they aren't all there. Grid: rows."""
     row = tl.program_id(0).to(tl.int64)
     out = row0 + row
-    start, end = tl.maximum(tl.load(START + out), 0), tl.minimum(tl.load(END + out), S)
-    size = tl.maximum(end - start, 0)
-    wanted = tl.minimum(size, budget)
     ENTRIES, COUNTS, INDICES, CHOSEN = ENTRIES + row * splits * segment, COUNTS + row * splits, INDICES + out * budget, CHOSEN + out * budget
-    tl.store(SIZES + out, wanted)
-    pad(INDICES, CHOSEN, wanted, budget, WITH_SCORES)
+    start, end, size, wanted = open_row(START, END, SIZES, INDICES, CHOSEN, out, S, budget, WITH_SCORES)
     flag = 0
     if WITH_SCORES:
         largest = float("-inf")
         for j in range(splits):
             largest = tl.maximum(largest, tl.load(MAXIMA + row * splits + j))
-        base = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+        base = finite(largest)
         sums = 0.0
         for j in range(splits):
             maximum = tl.load(MAXIMA + row * splits + j)
@@ -650,7 +663,7 @@ def row_candidates_kernel(
     """The candidates of a row of more than BC scores, ENTRIES `[W, segment]` and COUNTS `[W]`. Grid: rows."""
     here = tl.program_id(0).to(tl.int64)
     row = row0 + here
-    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+    start, end = interval_of(START, END, row, S)
     if end - start // 16 * 16 > BC:
         SCORES += row * stride_row
         point, position = threshold_of(SCORES, start, end, S, budget, 0, 0, stride, BM, False)
@@ -669,12 +682,8 @@ def choose_row_kernel(
     """A row's selection from its candidates, or from its scores where those are few or the candidates aren't all there. Grid: rows."""
     here = tl.program_id(0).to(tl.int64)
     row = row0 + here
-    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
-    size = tl.maximum(end - start, 0)
-    wanted = tl.minimum(size, budget)
     SCORES, INDICES = SCORES + row * stride_row, INDICES + row * budget
-    tl.store(SIZES + row, wanted)
-    pad(INDICES, INDICES, wanted, budget, False)
+    start, end, size, wanted = open_row(START, END, SIZES, INDICES, INDICES, row, S, budget, False)
     span = end - start // 16 * 16
     if size <= budget:
         for origin in range(0, size, 1024):
@@ -759,7 +768,7 @@ def part_candidates_kernel(
     SCORES, VALUES, KEYS = SCORES + row * stride_row, VALUES + here * segment, KEYS + here * segment
     key = first + in_order(ROWS, 1, 128, 128)
     scores = tl.load(SCORES + key, mask=key < S, other=0.0)  # on their way while the threshold is looked for
-    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+    start, end = interval_of(START, END, row, S)
     if not WITH_SCORES:  # a row that keeps all it sees needs no candidates
         end = tl.where(end - start <= budget, 0, end)
     lowest, position = tl.full([], -FINITE, tl.float32), start  # everything
@@ -845,13 +854,9 @@ def choose_parts_kernel(
     """A row's selection from the candidates of its parts, or, where they aren't all there, from all its scores. Grid: rows."""
     row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
     counts = tl.load(COUNTS + row * parts + part, mask=part < parts, other=0)
-    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
-    size = tl.maximum(end - start, 0)
-    wanted = tl.minimum(size, budget)
     VALUES, KEYS = VALUES + row * parts * segment, KEYS + row * parts * segment
     INDICES, CHOSEN = INDICES + row * budget, CHOSEN + row * budget
-    tl.store(SIZES + row, wanted)
-    pad(INDICES, CHOSEN, wanted, budget, WITH_SCORES)
+    start, end, size, wanted = open_row(START, END, SIZES, INDICES, CHOSEN, row, S, budget, WITH_SCORES)
     if WITH_SCORES:
         maxima = tl.load(MAXIMA + row * parts + part, mask=part < parts, other=float("-inf"))
         maximum, total = maximum_and_sum(maxima, tl.load(SUMS + row * parts + part, mask=part < parts, other=0.0))
@@ -910,7 +915,7 @@ def exhaustive_kernel(
             for i in range(BQ):
                 row = first + i
                 if tl.load(FLAGS + row - row0, mask=t0 + i < T, other=0) != 0:
-                    begin, stop = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
+                    begin, stop = interval_of(START, END, row, S)
                     choose_of_all(
                         scores_row, INDICES + row * budget, CHOSEN + row * budget, begin, stop, tl.minimum(stop - begin, budget),
                         keep_first, keep_recent, BS, WITH_SCORES,
