@@ -94,7 +94,7 @@ def backward(*outputs: Tensor) -> None:
 def processors(count: int) -> contextlib.ExitStack:
     """A card of so many processors: of few, queries share unions; of many, keys are split."""
     stack = contextlib.ExitStack()
-    for module in (attention, hopper, hopper_union, unions):
+    for module in (attention, hopper, hopper_union):
         stack.enter_context(mock.patch.object(module, "processors", lambda device: count))
     return stack
 

@@ -87,15 +87,13 @@ def latent_backward(capability: int) -> Iterator[Call]:
 
 def hopper(capability: int) -> Iterator[Call]:
     """MLA in Gluon: a query's heads fill the rows of a program, or neighbours share a union; 656 channels are the bytes of packed latents."""
-    kernels, unions = import_module("skim.ops.attend.hopper"), import_module("skim.ops.attend.union")
+    kernels = import_module("skim.ops.attend.hopper")
     for H, D, T in ((128, 576, 264), (64, 512, 264), (100, 576, 264), (16, 576, 264), (128, 576, 1), (128, 656, 264), (16, 656, 264), (16, 656, 1)):
         sink = empty(H, dtype=torch.float32) if H == 16 else None
         k = empty(1, 4096, 1, D, dtype=torch.uint8 if D == 656 else torch.bfloat16)
         for name, reads in (("attend", (zeros(1, T, 1, 512),)), ("attend_dense", (zeros(1, T), zeros(1, T)))):
             call = partial(getattr(kernels, name), empty(1, T, H, min(D, 576)), k, None, *reads, 512, 0.1, sink, 64)
-            for module in (kernels, unions):
-                call = mock.patch.object(module, "processors", lambda device: 132)(call)
-            yield f"{H}/1 {D} {name}{', decode' if T == 1 else ''}", call
+            yield f"{H}/1 {D} {name}{', decode' if T == 1 else ''}", mock.patch.object(kernels, "processors", lambda device: 132)(call)
 
 
 def hopper_union(capability: int) -> Iterator[Call]:

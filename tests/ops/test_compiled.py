@@ -48,7 +48,6 @@ SPILLS = [
     (r" of 2048, .* (choose_parts|part_candidates)_kernel", 128, "a thousand threads, of one program or of two, have 64 registers each"),
     (r"select of 2048 with scores choose_kernel", 2560, "80 registers, half as many bytes with Triton 3.6: K2 was measured with them, not without"),
     (r"select of 8192 with scores choose_kernel", 1088, "holds the candidates of a row in registers"),
-    (r"sm_(80|120) .* unite$", 24, "the words of 32 queries, where the assembler stops at 80 or 128 registers"),
     (r"exhaustive_kernel", 64, "runs for rows only whose sample was of no use"),
     (FLOAT32, 8192, "for tests and drawings; nothing trains through it"),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from cases import attention_inputs, deterministic, normal, random_indices, random_interval
@@ -70,6 +72,23 @@ def test_selections_that_share_nothing_take_the_other_kernel_and_give_the_same()
     sizes = torch.cat([counts.flatten() for *_, counts in union.unions(indices.contiguous().to(DEVICE), 300, 16, 1)])
     assert sizes.min() <= kernels.LARGEST_UNION * 16 * 13 < sizes.max()  # both kernels have work
     check(leaves, indices=indices)
+
+
+@pytest.mark.parametrize("most", (None, 200))
+def test_unions_of_more_keys_than_are_marked_at_a_time(most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(union, "MARKS", 4096)
+    S, tile, K = 9000, 4, 70
+    indices = random_indices(1, 10, 2, K, S, holes=True)
+    indices[0, 4:8, 1] = -1
+    for part, *found in union.unions(indices.to(DEVICE), S, tile, 1, most):
+        for n, r in product(range(part.start, part.stop), range(2)):
+            readers: dict[int, int] = {}
+            for i, row in enumerate(indices[0, tile * n : tile * n + tile, r].tolist()):
+                readers |= {key: readers.get(key, 0) | 1 << i for key in row if key >= 0}
+            keys, bits, count = (x[n - part.start, r].tolist() for x in found)
+            wanted = sorted(readers.items())[:most]
+            assert list(zip(keys, bits))[: min(count, len(keys))] == wanted
+            assert count == len(readers) or most is not None and most < count <= len(readers)
 
 
 @pytest.mark.usefixtures("one_processor")

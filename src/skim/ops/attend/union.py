@@ -1,8 +1,8 @@
 """Unions of neighbouring selections: what a tile of queries reads together, and which of its queries reads each key.
 
 Neighbouring queries select mostly the same keys, so a program that serves a tile of r of them over the union of their
-selections gathers a shared key once. The union is made through bitmaps, one a query: every index sets its bit, then the bits of
-each key are read off all of them, in the order of the keys. A chunk of tiles at a time, in bounded memory, without the host.
+selections gathers a shared key once. A program makes a union by way of shared memory: every index sets its query's bit of its
+key there, then the keys that have one are read off in order. A chunk of tiles at a time, in bounded memory, without the host.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skim.ops.dispatch import processors
+from skim.ops.dispatch import interpreted
 from skim.ops.workspace import chunks
 
-WORDS = 256  # bitmap words, of 32 keys each, that a program reads at a time
+INTERPRETED = tl.constexpr(interpreted())
+WARPS = 4  # of a program
+MARKS = 1 << 15  # bytes of shared memory for the bits that say which queries read a key, of the 48 KB that a program has without asking
 SLOTS = 2048  # indices that a program marks at a time
-PROGRAMS = 3  # a processor: their bitmaps stay in the L2 cache
 
 
 @triton.jit
@@ -31,61 +32,140 @@ def ones_in(x):
 
 
 @triton.jit
-def unite(
-    INDICES, BITMAP, KEYS, BITS, COUNTS, first, rows, T, K, S, words, capacity,
-    R: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """Write the first `capacity` keys of each union, ascending, with the bits of their queries; a program takes union after union.
+def own_memory(CELLS, BYTES: tl.constexpr):
+    """Shared memory beside Triton's own, which takes no computed addresses. In the interpreter it is CELLS, one for every two bytes."""
+    if INTERPRETED:
+        return CELLS
+    else:
+        asm: tl.constexpr = ".shared .align 16 .b8 own_memory[" + BYTES + "]; mov.u32 $0, own_memory;"
+        return tl.inline_asm_elementwise(asm, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
-    Its bitmap is zero before and after. It is read past the L1 cache, which knows nothing of atomics.
+
+@triton.jit
+def behind(memory, size):
+    """Where memory goes on behind so many bytes."""
+    return memory + (size // 2 if INTERPRETED else size)
+
+
+@triton.jit
+def clear(memory, at):
+    """Zeros to the words of 32 bits at the bytes `at`."""
+    if INTERPRETED:
+        tl.store(behind(memory, at), 0)
+    else:
+        asm: tl.constexpr = "st.shared.b32 [$1], 0; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,r", [behind(memory, at)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def word_of(memory, at):
+    """The words of 32 bits at the bytes `at`."""
+    if INTERPRETED:
+        return tl.load(behind(memory, at))
+    else:
+        return tl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [behind(memory, at)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def half_of(memory, at):
+    """The words of 16 bits at the bytes `at`."""
+    if INTERPRETED:
+        return tl.load(behind(memory, at))
+    else:
+        return tl.inline_asm_elementwise("ld.shared.u16 $0, [$1];", "=r,r", [behind(memory, at)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def mark(read, marks, key, most, query, TILE: tl.constexpr):
+    """Set the bit of each key in `read`, and that of the query, of the TILE that the key has, in `marks`; where 0 <= key < most."""
+    if INTERPRETED:
+        inside, bit, one = (key >= 0) & (key < most), key * TILE + query, tl.full(key.shape, 1, tl.int32)
+        tl.atomic_or(behind(read, (key >> 5) * 4), one << (key & 31), mask=inside, sem="relaxed")
+        tl.atomic_or(behind(marks, (bit >> 5) * 4), one << (bit & 31), mask=inside, sem="relaxed")
+    else:
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b32 a, b, m; setp.ge.u32 p, $3, $4; @p bra DONE;
+            shr.u32 a, $3, 5; mad.lo.u32 a, a, 4, $1; and.b32 b, $3, 31; mov.b32 m, 1; shl.b32 m, m, b; red.shared.or.b32 [a], m;
+            mad.lo.u32 b, $3, $6, $5; shr.u32 a, b, 5; mad.lo.u32 a, a, 4, $2; and.b32 b, b, 31; mov.b32 m, 1; shl.b32 m, m, b;
+            red.shared.or.b32 [a], m; DONE: mov.u32 $0, 0; }""",
+            "=r,r,r,r,r,r,r", [read, marks, key, most, query, TILE], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def list_bits(memory, at, bits, first):
+    """Store `first` plus the place of each bit that is set, ascending, as words of 16 bits, from the bytes `at` on."""
+    if INTERPRETED:
+        for place in tl.static_range(32):
+            bit = (bits >> place) & 1
+            tl.store(behind(memory, at), first + place, mask=bit != 0)
+            at += 2 * bit
+    else:
+        tl.inline_asm_elementwise(
+            """{ .reg .pred p; .reg .b32 a, rest, x; .reg .b16 h; mov.b32 a, $1; mov.b32 rest, $2;
+            NEXT: setp.eq.u32 p, rest, 0; @p bra DONE; brev.b32 x, rest; clz.b32 x, x; add.u32 x, x, $3; cvt.u16.u32 h, x;
+            st.shared.b16 [a], h; add.u32 a, a, 2; sub.u32 x, rest, 1; and.b32 rest, rest, x; bra NEXT;
+            DONE: mov.u32 $0, 0; }""",
+            "=r,r,r,r", [behind(memory, at), bits, first], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def unite(
+    INDICES, KEYS, BITS, COUNTS, CELLS, first, T, K, S, capacity,
+    R: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, RANGE: tl.constexpr, THREADS: tl.constexpr, COPIED: tl.constexpr,
+    BYTES: tl.constexpr,
+):  # fmt: skip
+    """Write the first `capacity` keys of a union, ascending, with the bits of their queries. Grid: unions.
+
+    Of RANGE keys at a time shared memory holds a bit that says whether any query reads them, and TILE bits that say which do. Of
+    32 * THREADS of those at a time it lists the ones that are read: so neighbouring threads write neighbouring keys.
     """
-    one = tl.full([SLOTS], 1, tl.int32)
-    bitmap = BITMAP + tl.program_id(0).to(tl.int64) * TILE * words
+    STEP: tl.constexpr = 32 * THREADS
+    read = own_memory(CELLS, BYTES)
+    marks, listed = behind(read, RANGE // 8), behind(read, (1 + TILE) * RANGE // 8)
     tiles_of_row = tl.cdiv(T, TILE)
-    for union in range(tl.program_id(0), rows, tl.num_programs(0)):
-        tile, selection = first + union // R, union % R
-        b = (tile // tiles_of_row).to(tl.int64)
-        t = tile % tiles_of_row * TILE
+    union = tl.program_id(0)
+    tile, selection = first + union // R, union % R
+    b = (tile // tiles_of_row).to(tl.int64)
+    t = tile % tiles_of_row * TILE
+    out = tl.full([], capacity, tl.int64) * union
+    thread = tl.arange(0, THREADS)
+    low, end, count = 0, 1, 0
+    while (low < end) & (count <= capacity):
+        for word in range(0, (1 + TILE) * RANGE // 32, THREADS):
+            clear(read, 4 * (word + thread))
+        tl.debug_barrier()
         last = tl.full([SLOTS], -1, tl.int32)
         for i in range(0, tl.minimum(TILE, T - t)):
             indices = INDICES + ((b * T + t + i) * R + selection) * K
             for at in range(0, K, SLOTS):
                 slot = at + tl.arange(0, SLOTS)
                 key = tl.load(indices + slot, mask=slot < K, other=-1)
-                real = (key >= 0) & (key < S)
-                key = tl.maximum(key, 0)
-                tl.atomic_or(bitmap + i * words + key // 32, one << (key % 32), mask=real, sem="relaxed")
-                last = tl.maximum(last, tl.where(real, key, -1))
+                last = tl.maximum(last, tl.where(key < S, key, -1))
+                mark(read, marks, key - low, tl.minimum(S - low, RANGE), i, TILE)
+        end = tl.max(last, 0) + 1
         tl.debug_barrier()
-        end = (tl.max(last, 0) + 32) // 32
-        count = 0
-        out = tl.full([], capacity, tl.int64) * union
-        for begin in range(0, end, WORDS):
-            word = begin + tl.arange(0, WORDS)
-            if count <= capacity:
-                marks = ()
-                for query in tl.static_range(TILE):
-                    marks += (tl.load(bitmap + query * words + word, mask=word < end, other=0, cache_modifier=".cg"),)
-                read = marks[0]
-                for query in tl.static_range(1, TILE):
-                    read |= marks[query]
-                number = ones_in(read)
-                slot = count + tl.cumsum(number, 0) - number
-                for _ in range(0, tl.max(number, 0)):  # far fewer than 32 where a selection is a small part of the keys
-                    bit = read & -read
-                    bits = tl.zeros([WORDS], tl.int32)
-                    for query in tl.static_range(TILE):
-                        bits |= ((marks[query] & bit) != 0).to(tl.int32) << query
-                    more = (bit != 0) & (slot < capacity)
-                    tl.store(KEYS + out + slot, word * 32 + ones_in(bit - 1), mask=more)
-                    tl.store(BITS + out + slot, bits, mask=more)
-                    read ^= bit
-                    slot += 1
-                count += tl.sum(number, 0)
-            for query in tl.static_range(TILE):
-                tl.store(bitmap + query * words + word, tl.zeros([WORDS], tl.int32), mask=word < end)
-        tl.store(COUNTS + union, count)
-        tl.debug_barrier()
+        for begin in range(0, tl.minimum(end - low, RANGE), STEP):
+            chosen = word_of(read, begin // 8 + 4 * thread)
+            number = ones_in(chosen)
+            list_bits(listed, 2 * (tl.cumsum(number, 0) - number), chosen, 32 * thread)
+            total = tl.sum(number, 0)
+            tl.debug_barrier()
+            for at in range(0, total, COPIED):
+                slot = at + tl.arange(0, COPIED)
+                key = begin + (half_of(listed, 2 * slot) & (STEP - 1))  # behind the last there may be anything
+                bit = key * TILE
+                bits = word_of(marks, (bit >> 5) * 4) >> (bit & 31)
+                if TILE < 32:
+                    bits &= (1 << TILE) - 1
+                more = (slot < total) & (count + slot < capacity)
+                tl.store(KEYS + out + count + slot, low + key, mask=more)
+                tl.store(BITS + out + count + slot, bits, mask=more)
+            count += total
+            tl.debug_barrier()
+        low += RANGE
+    tl.store(COUNTS + union, count)
 
 
 def tiles_of(T: int, tile: int) -> int:
@@ -100,7 +180,7 @@ def unions(indices: Tensor, S: int, tile: int, workspace_mb: int, most: int | No
         indices: int32 `[B, T, R, K]`, contiguous, any order, -1 anywhere.
         S: number of keys.
         tile: r, a power of two of at most 32: tile n of the `B * ceil(T / r)` serves r neighbouring queries of a row.
-        workspace_mb: how much bitmaps and unions may hold, MiB.
+        workspace_mb: how much unions may hold, MiB.
         most: a union of more keys than that is of no use: it is cut short, and its count is larger than `most`.
 
     Yields:
@@ -108,16 +188,16 @@ def unions(indices: Tensor, S: int, tile: int, workspace_mb: int, most: int | No
         reads that key), counts int32 `[tiles, R]`.
     """
     B, T, R, K = indices.shape
-    tiles, words, capacity = B * tiles_of(T, tile), max(1, -(-S // 32)), min(tile * K, S, tile * K if most is None else most)
-    programs = min(tiles * R, PROGRAMS * processors(indices.device), max(1, (workspace_mb << 19) // (4 * tile * words)))  # half of it at most
-    parts = list(chunks(tiles, 8 * R * capacity, max(1, workspace_mb - (4 * programs * tile * words >> 20))))
+    tiles, capacity, threads = B * tiles_of(T, tile), min(tile * K, S, tile * K if most is None else most), 32 * WARPS
+    parts = list(chunks(tiles, 8 * R * capacity, workspace_mb))
     widest = max((part.stop - part.start for part in parts), default=0)
-    bitmap = torch.zeros(programs, tile, words, dtype=torch.int32, device=indices.device)
     keys, bits = torch.empty(2, widest, R, capacity, dtype=torch.int32, device=indices.device)
     counts = torch.empty(widest, R, dtype=torch.int32, device=indices.device)
+    range_ = min(max(triton.next_power_of_2(S), 32 * threads), 8 * MARKS // max(tile, 8))
+    memory = (1 + tile) * range_ // 8 + 64 * threads
+    cells = keys.new_empty(memory // 2 if interpreted() else 0)
     for part in parts:
         n = part.stop - part.start
-        slots = min(SLOTS, triton.next_power_of_2(K))
-        sizes = part.start, n * R, T, K, S, words, capacity
-        unite[(min(programs, n * R),)](indices, bitmap, keys, bits, counts, *sizes, R, tile, slots, WORDS, num_warps=8)
+        sizes = part.start, T, K, S, capacity, R, tile, min(SLOTS, triton.next_power_of_2(K)), range_, threads, 2 * threads, str(memory)
+        unite[(n * R,)](indices, keys, bits, counts, cells, *sizes, num_warps=WARPS)
         yield part, keys[:n], bits[:n], counts[:n]
