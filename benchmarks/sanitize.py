@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,9 +63,17 @@ KNOWN = {
     ("racecheck", "score.hopper.forward"): TASKS,
 }
 
-attention, latent, hopper, hopper_union, unions, selecting = (
+attention, latent, hopper, hopper_backward, hopper_union, unions, selecting = (
     import_module(f"skim.ops.{name}")
-    for name in ("attend.triton", "attend.latent_backward", "attend.hopper", "attend.hopper_union", "attend.union", "select.triton")
+    for name in (
+        "attend.triton",
+        "attend.latent_backward",
+        "attend.hopper",
+        "attend.hopper_backward",
+        "attend.hopper_union",
+        "attend.union",
+        "select.triton",
+    )
 )
 
 
@@ -94,7 +103,7 @@ def backward(*outputs: Tensor) -> None:
 def processors(count: int) -> contextlib.ExitStack:
     """A card of so many processors: of few, queries share unions; of many, keys are split."""
     stack = contextlib.ExitStack()
-    for module in (attention, hopper, hopper_union):
+    for module in (attention, hopper, hopper_backward, hopper_union):
         stack.enter_context(mock.patch.object(module, "processors", lambda device: count))
     return stack
 
@@ -235,11 +244,11 @@ def latents() -> None:
 
 
 def latent_gradients() -> None:
-    """The backward of sm_90; Triton's interpreter, which multiplies float32 alone, is to serve that."""
-    T, S, H = (20, 400, 128) if GPU else (2, 40, 64)
+    """The backward of sm_90, of 128 heads in Gluon; Triton's interpreter, which multiplies float32 alone, is to serve that."""
+    T, S = (20, 400) if GPU else (2, 40)
     serves = latent.serves if GPU else lambda q, *args: True
-    with mock.patch.object(latent, "serves", serves):
-        for dtype in DTYPES[:2]:
+    with mock.patch.object(latent, "serves", serves), processors(4):
+        for H, dtype in product((64, 128) if GPU else (64,), DTYPES[:2]):
             q, k = leaves((1, T, H, 576), (1, S, 1, 576), dtype=dtype)
             indices = random_indices(1, T, 300 if GPU else 30, S, alike=False)
             backward(*skim.attend(q, k, indices=indices, v_channels=512, scale=0.05, **OPTIONS))

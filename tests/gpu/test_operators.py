@@ -86,6 +86,29 @@ def test_attention_and_its_gradients_equal_float64(dtype, dense):
         assert error(found, wanted) < DTYPES[dtype]
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("H", (64, 128, 256))  # the last two by kernels in Gluon on sm_90
+def test_gradients_over_latents_equal_those_of_float32(H, dtype):
+    """Two batch rows of causal queries, short selections among long ones, with a sink; dq repeats bit for bit."""
+    T, K = 500, 400
+    own = torch.arange(T, device="cuda")
+    value, indices = torch.rand(2, T, T, device="cuda").masked_fill(own > own[:, None], -1.0).topk(K)
+    indices = indices.to(torch.int32).masked_fill(value < torch.rand(2, T, 1, device="cuda") - 0.5, -1)[:, :, None]
+    indices[:, ::7] = -1
+    inputs = [torch.randn(*shape, device="cuda") for shape in ((2, T, H, 576), (2, T, 1, 576), (H,))]
+    toward = torch.randn(2, T, H, 512, device="cuda").to(dtype)
+
+    def gradients(of):
+        leaves = [x.to(dtype).to(of).requires_grad_() for x in inputs]
+        out, _ = skim.attend(*leaves[:2], indices=indices, v_channels=512, sink=leaves[2])
+        return torch.autograd.grad(out, leaves, toward.to(of))
+
+    found = gradients(dtype)
+    assert torch.equal(gradients(dtype)[0], found[0])
+    for a, b in zip(found, gradients(torch.float32)):
+        assert error(a, b) < DTYPES[dtype]
+
+
 def test_deterministic_algorithms_repeat_bit_for_bit():
     q, k, v = (torch.randn(1, 400, heads, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
     selection = skim.select(*(x[:1].cuda() for x in index_tensors(400)), 32)

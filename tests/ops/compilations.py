@@ -1,7 +1,7 @@
 """Compiles every kernel for a GPU that is not here, as the operators would launch it, and prints what came out as JSON.
 
     python tests/ops/compilations.py CAPABILITY OPERATOR...
-        (attend, latent, latent_backward, hopper, hopper_union, hopper_score, score, select, align, align_float32, codec)
+        (attend, latent, latent_backward, hopper, hopper_union, hopper_backward, hopper_score, score, select, align, align_float32, codec)
 
 Kernels must not be interpreted here, so this is a program of its own: TRITON_INTERPRET may not be set.
 """
@@ -108,6 +108,17 @@ def hopper_union(capability: int) -> Iterator[Call]:
             k = empty(1, 4096, G, D + 16)[..., :D]
         call = partial(kernels.launch, q, k, k, sink, q, empty(1, T, H, dtype=torch.float32), 0.1, tile, 0, 2048, *reads)
         yield f"{H}/{G} {D} attend", mock.patch.object(kernels, "processors", lambda device: 132)(call)
+
+
+def hopper_backward(capability: int) -> Iterator[Call]:
+    """Gradients of MLA over selections, in Gluon where they have kernels."""
+    kernels, others = import_module("skim.ops.attend.hopper_backward"), import_module("skim.ops.attend.latent_backward")
+    for H, D in ((128, 576), (256, 512)):
+        q, k, grad, full = empty(1, 64, H, D), empty(1, 4096, 1, D), empty(1, 64, H, 512), empty(1, 64, H, dtype=torch.float32)
+        call = partial(others.gradients, q, k, grad, full, full, zeros(1, 64, 1, 512), 0.1, 64)
+        for module, name, value in ((others, "gluon", True), (kernels, "processors", 132)):
+            call = mock.patch.object(module, name, lambda device, value=value: value)(call)
+        yield f"{H}/1 {D} attend_backward", call
 
 
 def hopper_score(capability: int) -> Iterator[Call]:

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import ConstexprFunction, JITFunction
 
 PATIENCE = 20.0  # seconds that a wait may last
+ADDING = threading.Lock()
 here = threading.local()  # .program, .programs, .copies of the running thread, and .threads of the group that it is
 
 
@@ -86,18 +88,28 @@ class Barrier:
 
     def __init__(self) -> None:
         self.changed, self.expected, self.pending, self.phase = threading.Condition(), 0, 0, 0
+        self.bytes = 0  # on their way, of the current phase
 
     def init(self, count: int) -> None:
         self.expected = self.pending = count
 
-    def arrive(self, count: int) -> None:
+    def arrive(self, count: int, expected_bytes: int = 0) -> None:
         _hesitate()
         with self.changed:
             self.pending -= count
+            self.bytes += expected_bytes
             assert self.pending >= 0, "more arrivals than the barrier expects"
-            if self.pending == 0:
-                self.pending, self.phase = self.expected, self.phase + 1
-                self.changed.notify_all()
+            self._end()
+
+    def receive(self, received: int) -> None:
+        with self.changed:
+            self.bytes -= received
+            self._end()
+
+    def _end(self) -> None:
+        if self.pending == 0 and self.bytes == 0:
+            self.pending, self.phase = self.expected, self.phase + 1
+            self.changed.notify_all()
 
     def wait(self, parity: int) -> None:
         _hesitate()
@@ -122,6 +134,28 @@ def _arrive_with_copies(barrier: Barrier, increment_count: bool = True) -> None:
         into.data.copy_(_load(source, mask, 0))
     here.copies = []
     barrier.arrive(here.threads)
+
+
+def _fetch(source: SimpleNamespace, corner: list[Any], barrier: Barrier, into: Shared) -> None:
+    """A box of a tensor, zeros outside of it, which the copy engine brings at its own time."""
+    into.data.fill_(math.nan)
+    assert list(into.data.shape) == list(source.block_shape)
+    first = [int(i) for i in corner]
+
+    def bring() -> None:
+        _hesitate()
+        box = source.base[tuple(slice(i, i + n) for i, n in zip(first, source.block_shape))]
+        into.data.zero_()
+        into.data[tuple(slice(0, n) for n in box.shape)] = box
+        barrier.receive(into.data.nbytes)
+
+    threading.Thread(target=bring, daemon=True).start()
+
+
+def _add(pointer: Pointer, value: Tensor, mask: Any, sem: str) -> None:
+    mask, offset = pointer.where(mask)
+    with ADDING:
+        pointer.base.index_put_((offset[mask],), value.expand(offset.shape)[mask], accumulate=True)
 
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
@@ -261,6 +295,7 @@ LANGUAGE = SimpleNamespace(
     inline_asm_elementwise=_assemble,
     load=_load,
     store=_store,
+    atomic_add=_add,
     allocate_shared_memory=_allocate,
     warp_specialize=_specialise,
 )
@@ -269,6 +304,7 @@ MBARRIER = SimpleNamespace(
     init=lambda barrier, count: barrier.init(count),
     wait=lambda barrier, parity: barrier.wait(int(parity)),
     arrive=lambda barrier, count: barrier.arrive(count),
+    expect=lambda barrier, size: barrier.arrive(1, size),
 )
 WAIT = {"warpgroup_mma": _multiply, "warpgroup_mma_wait": _wait, "fence_async_shared": _nothing}
 NAMES = {
@@ -277,6 +313,7 @@ NAMES = {
     "mbarrier": MBARRIER,
     "async_copy": SimpleNamespace(mbarrier_arrive=_arrive_with_copies),
     "copy": _copy,
+    "fetch": _fetch,
     "reinterpret": _reinterpret,
     **WAIT,
 }
@@ -284,6 +321,12 @@ NAMES = {
 
 def _pointer(x: Tensor) -> Pointer:
     return Pointer(torch.empty(0, dtype=x.dtype).set_(x.detach().untyped_storage()), torch.tensor(x.storage_offset()))
+
+
+def _memory(x: Any) -> Any:
+    if isinstance(x, TensorDescriptor):
+        return SimpleNamespace(base=x.base.detach(), dtype=x.base.dtype, block_shape=x.block_shape)
+    return _pointer(x) if isinstance(x, Tensor) else x
 
 
 def _python(kernel: JITFunction, globals_: dict[str, Any]) -> FunctionType:
@@ -307,7 +350,7 @@ class Simulated:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            memory = [_pointer(x) if isinstance(x, Tensor) else x for x in args]
+            memory = [_memory(x) for x in args]
             here.programs = grid[0]
             for here.program in range(grid[0]):
                 self.kernel(*memory)

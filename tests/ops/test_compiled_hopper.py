@@ -11,11 +11,12 @@ pytest.importorskip("triton")
 
 from test_compiled import SHARED, found  # noqa: E402
 
-# Of calls: which may spill, how many bytes at most, and why. Nothing is spilled between matrix products.
+# Of calls: which may spill, how many bytes at most, and why. But for the last, nothing is spilled between matrix products.
 SPILLS = [
     (r"attend_dense|decode", 32, "addresses from task to task"),
     (r" 656 ", 168, "addresses of queries and outputs, between tasks: 16 warps have 128 registers a thread where they share them out"),
     (r" 656 .*decode", 512, "addresses of the outputs' parts, likewise"),
+    (r"attend_backward of_keys", 296, "with Triton 3.9 (none with 3.6): some 20 loads and stores a thread and task, of 2300 instructions"),
 ]
 
 
@@ -48,3 +49,16 @@ def test_attention_over_unions(tmp_path: Path) -> None:
         assert row["spilled"] == 0, call
         assert row["shared"] <= SHARED[90] << 10, call
         assert row["warps"] == 12, call
+
+
+@pytest.mark.slow
+def test_gradients_over_latents(tmp_path: Path) -> None:
+    kernels = {f"{row['call']} {row['kernel']}": row for row in found(90, ("hopper_backward",), tmp_path) if row["kernel"] in ("scores", "of_keys")}
+    assert len(kernels) == 4
+    for name, row in kernels.items():
+        # In each of two groups of warps, of 64 channels: scores, 16 channels at a time, or sums over 128 heads, 16 at a time; without values once.
+        times, shape = (4, "m64n128k16") if "scores" in name else (8, "m64n64k16")
+        assert row["products"] == {shape: 2 * times * (16 + (" 576 " in name))}, name
+        assert row["spilled"] <= max((most for pattern, most, _ in SPILLS if re.search(pattern, name)), default=0), name
+        assert row["shared"] <= SHARED[90] << 10, name
+        assert row["warps"] == 12, name

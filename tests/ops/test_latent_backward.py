@@ -1,4 +1,4 @@
-"""The gradients of attention over latents: in Triton's interpreter, or on a GPU of sm_90 where there is one."""
+"""The gradients of attention over latents by Triton's kernels: in its interpreter, or on a GPU of sm_90 where there is one."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         calls.append(q)
         return gradients(q, *args)
 
+    monkeypatch.setattr(latent, "gluon", lambda device: False)
     monkeypatch.setattr(latent, "gradients", counted)
     monkeypatch.setattr(latent, "serves", lambda q, *args: serves(q.to(torch.float16), *args))
     return calls

@@ -2,14 +2,16 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 TILES = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, 128 a row
 
-copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # Triton renamed it after 3.6
+# Triton renamed them after 3.6.
+copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # a box, by the copy engine
 
 
 @gluon.jit

@@ -7,12 +7,14 @@ All that a query's heads do with its selection are matrix products, so three ker
 - `of_keys`: P^T dout + dS^T q, of a query and a block of its keys, which is added to the keys' gradients. Its products sum over
   the heads, so each element is added once for 128 heads.
 
-P and dS of a chunk of queries are written in between, in bounded memory. Nothing is computed twice.
+P and dS of a chunk of queries are written in between, in bounded memory. Nothing is computed twice. For 128 heads and multiples of
+them the first and the last are there in Gluon too (hopper_backward.py), which goes first where it runs.
 """
 
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from skim.ops.attend.kernels import LOG2E, _dot
-from skim.ops.dispatch import capability, processors
+from skim.ops.dispatch import capability, gluon, processors
 from skim.ops.workspace import chunks
 
 VALUES, ROPE = 512, 64  # channels of the latent, which are the values too; those that may follow
@@ -176,6 +178,15 @@ def serves(q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor, v_channels: 
     return latents and q.shape[2] % HEADS == 0 and q.element_size() == 2 and capability(q.device) == 90
 
 
+def _hopper(q: Tensor, k: Tensor, grad: Tensor) -> ModuleType | None:
+    """The module of the kernels in Gluon, where they run and take these inputs."""
+    if not gluon(q.device):
+        return None
+    from skim.ops.attend import hopper_backward  # whose language other releases of Triton may lack
+
+    return hopper_backward if hopper_backward.serves(q, k, grad) else None
+
+
 def gradients(
     q: Tensor, k: Tensor, grad: Tensor, full: Tensor, shift: Tensor, indices: Tensor, scale: float, workspace_mb: int
 ) -> tuple[Tensor, Tensor]:
@@ -201,19 +212,30 @@ def gradients(
     p, ds = q.new_empty(2, slices[0].stop, H, wide)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+    faster = _hopper(q, k, grad)
+    if faster is not None:
+        q, grad = q.contiguous(), grad.contiguous()
+        fetched = faster.descriptors(q, grad, p, ds)
     of_q, of_k, of_grad, shape = q.stride()[:3], k.stride()[:2], grad.stride()[:3], (H, D, VALUES, block_h)
     for part in slices:
-        n, first = (part.stop - part.start) * parts, part.start
-        scores[(n * blocks,)](
-            q, k, grad, full, shift, indices, ends, p, ds, first, scale * LOG2E.value, T, K, wide, *of_q, *of_k, *of_grad, *shape,
-            **plan.scores, enable_fp_fusion=True,
-        )  # fmt: skip
+        queries, first = part.stop - part.start, part.start
+        n = queries * parts
+        if faster is not None:
+            faster.launch_scores(q, k, full, shift, indices, ends, p, ds, fetched, first, queries, scale)
+        else:
+            scores[(n * blocks,)](
+                q, k, grad, full, shift, indices, ends, p, ds, first, scale * LOG2E.value, T, K, wide, *of_q, *of_k, *of_grad, *shape,
+                **plan.scores, enable_fp_fusion=True,
+            )  # fmt: skip
         of_queries[(n * plan.of_queries["PARTS"],)](
             k, ds, indices, ends, dq, first, T, K, wide, *of_k, *shape, **plan.of_queries, enable_fp_fusion=True
         )
-        of_keys[(n * triton.cdiv(wide, plan.of_keys["BLOCK_K"]),)](
-            q, grad, p, ds, indices, ends, dk, first, T, S, K, wide, *of_q, *of_grad, *shape, **plan.of_keys, enable_fp_fusion=True
-        )
+        if faster is not None:
+            faster.launch_of_keys(q, indices, ends, dk, fetched, first, queries)
+        else:
+            of_keys[(n * triton.cdiv(wide, plan.of_keys["BLOCK_K"]),)](
+                q, grad, p, ds, indices, ends, dk, first, T, S, K, wide, *of_q, *of_grad, *shape, **plan.of_keys, enable_fp_fusion=True
+            )
     return dq, dk
 
 
