@@ -1,12 +1,12 @@
-"""Times Skim's operators on an H100 beside what hand-written CUDA reached there, and variants of the attention kernel.
+"""Times Skim's operators on an H100 beside what hand-written CUDA reached there.
 
     python benchmarks/hopper.py --json benchmarks/results/h100-hopper.json
-    python benchmarks/hopper.py --only H1 H2 variants
+    python benchmarks/hopper.py --only H1 H2
 
 Nothing is timed before it was compared with another implementation; relative errors are printed. The peers' rates are
-those of an H100 whose bf16 8192^3 product ran at 716 TFLOPS, scaled by the rate of the same product in this run. What
-each variant should gain, and what it did, is in benchmarks/log.md. Results are written after each part.
-Rows: what score.py knows as H1 to H9; "variants" are for the log, "dense" is what decoding over all keys reaches.
+those of an H100 whose bf16 8192^3 product ran at 716 TFLOPS, scaled by the rate of the same product in this run. Results
+are written after each part. Rows: what score.py knows as H1 to H9; "dense" is what decoding over all keys reaches, "causal"
+what a prompt's first queries do, whose selections have holes at their ends.
 """
 
 from __future__ import annotations
@@ -15,233 +15,19 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 import skim
 from skim.bench.measure import measure
 from skim.bench.runner import machine, write_json
 from skim.bench.selections import selection
 from skim.ops.codec import LATENT_BLOCK, pack_latent, quantise
-from skim.ops.dispatch import processors
-
-shipped = import_module("skim.ops.attend.hopper")
-_copy_rows, _load_queries, _store_half = shipped._copy_rows, shipped._load_queries, shipped._store_half
-LOG2E, ROWS, KEYS, STAGES, VALUES, HALF = (getattr(shipped, name) for name in ("LOG2E", "ROWS", "KEYS", "STAGES", "VALUES", "HALF"))
-SUMS, SCORES, COPY, LINES, TILES, copy = (getattr(shipped, name) for name in ("SUMS", "SCORES", "COPY", "LINES", "TILES", "copy"))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Switches of the kernel below; with all off it is the shipped one."""
-
-    left_first: bool = False  # the right half is multiplied after the left one, not beside it; each half becomes free on its own
-    held: bool = False  # the queries' rotated channels stay in registers
-    folded: bool = False  # the scale goes into the exponential's argument, in one fused operation
-    ends: bool = False  # a task's keys end with its last index; holes before it are walked
-
-
-VARIANTS = {
-    "base": Variant(),
-    "left first": Variant(left_first=True),
-    "held": Variant(held=True),
-    "folded": Variant(folded=True),
-    "ends": Variant(ends=True),
-    "left first, held, folded": Variant(left_first=True, held=True, folded=True),
-}
-
-
-@triton.jit
-def find_ends(READS, COUNTS, width, WIDTH: tl.constexpr):
-    """How many of each row's indices there are up to the last that is not -1."""
-    row, at = tl.program_id(0), tl.arange(0, WIDTH)
-    key = tl.load(READS + row.to(tl.int64) * width + at, mask=at < width, other=-1)
-    tl.store(COUNTS + row, tl.max(tl.where(key >= 0, at + 1, 0), 0))
-
-
-@gluon.jit
-def _count(COUNTS, task, width, BLOCKS: gl.constexpr, V: gl.constexpr):
-    n = width
-    if V.ends:
-        n = gl.load(COUNTS + task // BLOCKS)
-    return n
-
-
-@gluon.jit
-def _gather(
-    K_, k_s, S, READS, COUNTS, width, tasks, left, right, rope, readers, ready, free, free_right, BLOCKS: gl.constexpr, V: gl.constexpr,
-):  # fmt: skip
-    slot = gl.arange(0, KEYS, gl.SliceLayout(1, COPY))
-    block = 0
-    for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
-        reads = READS + (task // BLOCKS).to(gl.int64) * width
-        n = _count(COUNTS, task, width, BLOCKS, V)
-        for begin in range(0, n, KEYS):
-            stage, phase = block % STAGES, (block // STAGES & 1) ^ 1
-            at = begin + slot
-            key = gl.load(reads + at, mask=at < n, other=-1)
-            real = (key >= 0) & (key < S)
-            source = gl.expand_dims(K_ + gl.where(real, key, 0).to(gl.int64) * k_s, 1)
-            bits = real.to(gl.int32)
-            real = gl.expand_dims(real, 1)
-            mbarrier.wait(free.index(stage), phase)
-            if V.left_first:
-                half = gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(0, COPY)), 0)
-                rotated = gl.expand_dims(gl.arange(0, KEYS, gl.SliceLayout(0, COPY)), 0)
-                copy(left.index(stage), source + half, mask=real)
-                mbarrier.wait(free_right.index(stage), phase)
-                copy(right.index(stage), source + HALF + half, mask=real)
-                copy(rope.index(stage), source + VALUES + rotated, mask=real)
-            else:
-                _copy_rows(left.index(stage), right.index(stage), rope.index(stage), source, real, KEYS)
-            readers.index(stage).store(bits)
-            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
-            mbarrier.arrive(ready.index(stage), count=1)
-            block += 1
-
-
-@gluon.jit
-def _scores(
-    OUT, LSE, COUNTS, width, tasks, T, scale, q, q_rope, left, right, p, readers, rescale, factors,
-    queries, ready, free, p_ready, done, BLOCKS: gl.constexpr, V: gl.constexpr,
-):  # fmt: skip
-    of_scores: gl.constexpr = gl.SliceLayout(1, SCORES)
-    of_sums: gl.constexpr = gl.SliceLayout(1, SUMS)
-    block, phase = 0, 0
-    for task in range(gl.program_id(0), tasks, gl.num_programs(0)):
-        largest = gl.full([ROWS], -1e30, gl.float32, of_scores)
-        total = gl.zeros([ROWS], gl.float32, of_scores)
-        acc = gl.zeros([ROWS, HALF], gl.float32, SUMS)
-        mbarrier.wait(queries, phase)
-        rotated = q_rope
-        if V.held:
-            rotated = q_rope.load(gl.DotOperandLayout(0, SCORES, 2))
-        for _ in range(0, _count(COUNTS, task, width, BLOCKS, V), KEYS):
-            stage = block % STAGES
-            mbarrier.wait(ready.index(stage), block // STAGES & 1)
-            fence_async_shared()
-            s = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
-            s = warpgroup_mma(q.slice(0, HALF, dim=1), left.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
-            s = warpgroup_mma(q.slice(HALF, HALF, dim=1), right.index(stage).permute((1, 0)), s, is_async=True)
-            s = warpgroup_mma(rotated, p.index(stage).permute((1, 0)), s, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
-            bits = gl.expand_dims(readers.index(stage).load(gl.SliceLayout(0, SCORES)), 0)
-            if V.folded:
-                s = gl.where(bits != 0, s, float("-inf"))
-                larger = gl.maximum(largest, gl.max(s, 1) * scale)
-                weight = gl.exp2(s * scale - gl.expand_dims(larger, 1))
-            else:
-                s = gl.where(bits != 0, s * scale, float("-inf"))
-                larger = gl.maximum(largest, gl.max(s, 1))
-                weight = gl.exp2(s - gl.expand_dims(larger, 1))
-            alpha = gl.exp2(largest - larger)
-            largest = larger
-            total = total * alpha + gl.sum(weight, 1)
-            weight = weight.to(p.dtype)
-            rescale.index(stage).store(alpha)
-            p.index(stage).store(weight)
-            fence_async_shared()
-            mbarrier.arrive(p_ready.index(stage), count=1)
-            acc = acc * gl.expand_dims(gl.convert_layout(alpha, of_sums), 1)
-            acc = warpgroup_mma(gl.convert_layout(weight, gl.DotOperandLayout(0, SUMS, 2)), left.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(free.index(stage), count=1)
-            block += 1
-        empty = total == 0
-        factor = gl.where(empty, 0.0, 1 / total)
-        factors.store(factor)
-        mbarrier.arrive(done, count=1)
-        lse = gl.where(empty, float("-inf"), (largest + gl.log2(total)) / LOG2E)
-        gl.store(LSE + task * ROWS + gl.arange(0, ROWS, of_scores), lse)
-        _store_half(OUT, acc, gl.convert_layout(factor, of_sums), task // BLOCKS, task % BLOCKS * ROWS, T, BLOCKS * ROWS, ROWS, 1, SUMS)
-        phase ^= 1
-
-
-@gluon.jit
-def _right_half(
-    Q, q_t, q_h, OUT, COUNTS, width, tasks, T, q, q_rope, right, p, rescale, factors, queries, free, free_right, p_ready, done,
-    DR: gl.constexpr, BLOCKS: gl.constexpr, V: gl.constexpr,
-):  # fmt: skip
-    of_sums: gl.constexpr = gl.SliceLayout(1, SUMS)
-    first = gl.program_id(0)
-    _load_queries(Q, q_t, q_h, first // BLOCKS, first % BLOCKS * ROWS, T, q, q_rope, queries, BLOCKS * ROWS, DR, ROWS)
-    block, phase = 0, 0
-    for task in range(first, tasks, gl.num_programs(0)):
-        acc = gl.zeros([ROWS, HALF], gl.float32, SUMS)
-        for _ in range(0, _count(COUNTS, task, width, BLOCKS, V), KEYS):
-            stage = block % STAGES
-            mbarrier.wait(p_ready.index(stage), block // STAGES & 1)
-            acc = acc * gl.expand_dims(rescale.index(stage).load(of_sums), 1)
-            if V.left_first:
-                mbarrier.wait(free.index(stage), block // STAGES & 1)
-            fence_async_shared()
-            acc = warpgroup_mma(p.index(stage), right.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(free_right.index(stage), count=1)
-            block += 1
-        mbarrier.wait(done, phase)
-        factor = factors.load(of_sums)
-        after = task + gl.num_programs(0)
-        if after < tasks:
-            _load_queries(Q, q_t, q_h, after // BLOCKS, after % BLOCKS * ROWS, T, q, q_rope, queries, BLOCKS * ROWS, DR, ROWS)
-        _store_half(OUT + HALF, acc, factor, task // BLOCKS, task % BLOCKS * ROWS, T, BLOCKS * ROWS, ROWS, 1, SUMS)
-        phase ^= 1
-
-
-@gluon.jit
-def forward(Q, K_, OUT, LSE, READS, COUNTS, scale, T, S, width, tasks, q_t, q_h, k_s, DR: gl.constexpr, BLOCKS: gl.constexpr, V: gl.constexpr):
-    """As the shipped kernel, for one row of whole blocks of 64 heads with rotated channels."""
-    dtype: gl.constexpr = Q.dtype.element_ty
-    q = gl.allocate_shared_memory(dtype, [ROWS, VALUES], TILES)
-    q_rope = gl.allocate_shared_memory(dtype, [ROWS, DR], TILES)
-    left = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HALF], TILES)
-    right = gl.allocate_shared_memory(dtype, [STAGES, KEYS, HALF], TILES)
-    p = gl.allocate_shared_memory(dtype, [STAGES, ROWS, KEYS], TILES)  # the rotated channels of a block, then its probabilities
-    readers = gl.allocate_shared_memory(gl.int32, [STAGES, KEYS], LINES)
-    rescale = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], LINES)
-    factors = gl.allocate_shared_memory(gl.float32, [ROWS], LINES)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free_right = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    p_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    queries = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=129)
-        mbarrier.init(free.index(stage), count=1 if V.left_first else 2)
-        mbarrier.init(free_right.index(stage), count=1)
-        mbarrier.init(p_ready.index(stage), count=1)
-    mbarrier.init(queries, count=128)
-    mbarrier.init(done, count=1)
-    if not V.left_first:
-        free_right = free
-    gl.warp_specialize(
-        [
-            (_scores, (
-                OUT, LSE, COUNTS, width, tasks, T, scale, q, q_rope, left, right, p, readers, rescale, factors,
-                queries, ready, free, p_ready, done, BLOCKS, V,
-            )),
-            (_right_half, (
-                Q, q_t, q_h, OUT, COUNTS, width, tasks, T, q, q_rope, right, p, rescale, factors,
-                queries, free, free_right, p_ready, done, DR, BLOCKS, V,
-            )),
-            (_gather, (K_, k_s, S, READS, COUNTS, width, tasks, left, right, p, readers, ready, free, free_right, BLOCKS, V)),
-        ],
-        [4, 4],
-        [168, 80],
-    )  # fmt: skip
-
 
 MATMUL = 716e12  # operations a second where the peers were measured
 T, K, D, V = 4096, 2048, 576, 512
@@ -289,19 +75,6 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 def latents(heads: int, keys: int, channels: int, queries: int = T) -> tuple[Tensor, Tensor]:
     return draw(1, queries, heads, channels), draw(1, keys, 1, channels)
-
-
-def run_variant(variant: Variant, q: Tensor, k: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    _, queries, heads, channels = q.shape
-    out, lse = q.new_empty(1, queries, heads, V), q.new_empty(1, queries, heads, dtype=torch.float32)
-    blocks, width = heads // ROWS.value, indices.shape[-1]
-    tasks = queries * blocks
-    counts = torch.empty(queries, dtype=torch.int32, device=q.device)
-    if variant.ends:
-        find_ends[(queries,)](indices, counts, width, triton.next_power_of_2(width))
-    sizes = SCALE * LOG2E.value, queries, k.shape[1], width, tasks, *q.stride()[1:3], k.stride(1), channels - V, blocks
-    forward[(min(processors(q.device), tasks),)](q, k, out, lse, indices, counts, *sizes, variant, num_warps=4, enable_fp_fusion=True)
-    return out, lse
 
 
 def run_shipped(q: Tensor, k: Tensor, indices: Tensor, sink: Tensor | None = None, impl: str = "hopper") -> tuple[Tensor, Tensor]:
@@ -361,6 +134,10 @@ def prefill(id_: str, heads: int) -> Iterator[Row]:
         for order, sets in (("random", rows), ("ascending", [x.sort(-1).values for x in rows])):
             flops = attention_flops(heads)
             yield row(id_, keys, lambda x: run_shipped(q, k, x), sets, flops / PEERS[id_][keys], flops, kind=order, heads=heads)  # noqa: B023
+    q, k = latents(heads, NEAR, D)
+    yield row(
+        id_, NEAR, lambda x: run_shipped(q, k, x), [causal_rows(T, K) for _ in range(3)], None, attention_flops(heads, CAUSAL), kind="causal", heads=heads
+    )
 
 
 def few_heads() -> Iterator[Row]:
@@ -466,19 +243,6 @@ def training() -> Iterator[Row]:
     yield row("H9", NEAR, lambda x: torch.autograd.grad(x[0], x[1], x[2], retain_graph=True), sets, PEERS["H9"][NEAR], flops)
 
 
-def variants() -> Iterator[Row]:
-    for name, variant in VARIANTS.items():
-        checked(name, partial(run_variant, variant), 128, D)
-    runs = {"shipped": run_shipped, **{name: partial(run_variant, variant) for name, variant in VARIANTS.items()}}
-    for heads, keys, kind in ((128, NEAR, "random"), (128, FAR, "random"), (64, MIDDLE, "random"), (128, NEAR, "causal")):
-        q, k = latents(heads, keys, D)
-        sets = [random_rows(T, keys, K) if kind == "random" else causal_rows(T, K) for _ in range(4)]
-        flops = attention_flops(heads, T * K if kind == "random" else CAUSAL)
-        peer = flops / PEERS["H1" if heads == 128 else "H2"][keys] if kind == "random" else None
-        for name, run in runs.items():
-            yield row("variants", keys, lambda x: run(q, k, x), sets, peer, flops, kind=kind, heads=heads, variant=name)  # noqa: B023
-
-
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "H1": lambda: prefill("H1", 128),
     "H2": lambda: prefill("H2", 64),
@@ -490,13 +254,12 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "H7": top_k,
     "H8": selecting,
     "H9": training,
-    "variants": variants,
 }
 
 
 def shown(row: Row, rate: float) -> str:
     parts = [
-        f"{row['case']} {', '.join(str(row[key]) for key in ('kind', 'n', 'heads', 'queries', 'impl', 'variant') if key in row)}: {row['ms']:.3f} ms"
+        f"{row['case']} {', '.join(str(row[key]) for key in ('kind', 'n', 'heads', 'queries', 'impl') if key in row)}: {row['ms']:.3f} ms"
     ]
     if row["tflops"]:
         parts.append(f"{row['tflops']:.0f} TFLOPS")

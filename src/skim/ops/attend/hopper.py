@@ -29,6 +29,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from skim.ops.attend import packed
+from skim.ops.attend.latent_backward import last_reads
 from skim.ops.attend.splits import best_splits, merge, parts_of
 from skim.ops.attend.union import tiles_of, unions
 from skim.ops.codec import LATENT_BLOCK
@@ -43,6 +44,7 @@ SCALES = gl.constexpr(packed.SCALES)  # of a packed latent, in the words behind 
 HEADS = 16  # fewer are padded to as many rows
 REGISTERS = 168, 80  # a thread of `_right_half` and of `_gather`; `_scores` takes what is left
 REGISTERS_PACKED = 160, 72  # of `_right_half` and of `_unpack`
+ROUNDS = 4  # of queries on all processors: with fewer, looking where their selections end takes longer than walking to the end of all slots
 UNION_MB = 256  # more makes nothing faster: a chunk fills the card
 PARTS_MB = 64  # of split walks; more would take longer to merge than splitting saves
 
@@ -164,7 +166,7 @@ def _walk(
             end = gl.where((low < high) & (high > end), high, end)
         begin = gl.where(begin < 0, 0, begin)
         end = gl.where(end > S, S, end)
-    elif TILE > 1:
+    elif COUNTS is not None:
         end = gl.load(COUNTS + part // SPLITS)
     if SPLITS > 1:
         length = gl.where(end > begin, end - begin, 0)
@@ -340,9 +342,10 @@ def _scores(
     OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, left, right, rope, p, readers, rescale, factors,
     queries, ready, free, p_ready, done,
     H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
-    HAS_SINK: gl.constexpr, DENSE: gl.constexpr, sums: gl.constexpr,
+    HAS_SINK: gl.constexpr, DENSE: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Scores, probabilities, lse and the left half of the output."""
+    sums: gl.constexpr = NARROW if PACKED else SUMS
     of_scores: gl.constexpr = gl.SliceLayout(1, SCORES)
     of_sums: gl.constexpr = gl.SliceLayout(1, sums)
     block, phase = 0, 0
@@ -359,6 +362,9 @@ def _scores(
         total = gl.zeros([ROWS], gl.float32, of_scores)
         acc = gl.zeros([ROWS, HALF], gl.float32, sums)
         mbarrier.wait(queries, phase)
+        rotated = q_rope
+        if DR > 0 and not PACKED:  # in registers, where there are any: then a product reads half as much of shared memory
+            rotated = q_rope.load(gl.DotOperandLayout(0, SCORES, 2))
         for _ in range(begin, end, KEYS):
             stage = block % STAGES
             mbarrier.wait(ready.index(stage), block // STAGES & 1)
@@ -367,7 +373,7 @@ def _scores(
             s = warpgroup_mma(q.slice(0, HALF, dim=1), left.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
             s = warpgroup_mma(q.slice(HALF, HALF, dim=1), right.index(stage).permute((1, 0)), s, is_async=True)
             if DR > 0:
-                s = warpgroup_mma(q_rope, rope.index(stage).permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma(rotated, rope.index(stage).permute((1, 0)), s, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             who = gl.expand_dims(readers.index(stage).load(gl.SliceLayout(0, SCORES)), 0)
             if DENSE:
@@ -376,11 +382,11 @@ def _scores(
                 reads = (who >> gl.expand_dims(i, 1) & 1) != 0
             else:
                 reads = who != 0
-            s = gl.where(reads, s * scale, float("-inf"))
-            larger = gl.maximum(largest, gl.max(s, 1))
+            s = gl.where(reads, s, float("-inf"))
+            larger = gl.maximum(largest, gl.max(s, 1) * scale)
             alpha = gl.exp2(largest - larger)
             largest = larger
-            weight = gl.exp2(s - gl.expand_dims(largest, 1))
+            weight = gl.exp2(s * scale - gl.expand_dims(largest, 1))
             total = total * alpha + gl.sum(weight, 1)
             weight = weight.to(p.dtype)
             rescale.index(stage).store(alpha)
@@ -404,9 +410,10 @@ def _scores(
 def _right_half(
     Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, right, p, rescale, factors, queries, free, p_ready, done,
     H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
-    DENSE: gl.constexpr, sums: gl.constexpr,
+    DENSE: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Load the queries; the right half of the output."""
+    sums: gl.constexpr = NARROW if PACKED else SUMS
     of_sums: gl.constexpr = gl.SliceLayout(1, sums)
     b, first_query, first_head, into = _place(gl.program_id(0), first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
     _load_queries(Q + b * q_b, q_t, q_h, first_query, first_head, T, q, q_rope, queries, H, DR, BLOCK_H)
@@ -464,9 +471,9 @@ def forward(
     """out and lse: program n serves the tasks n, n + programs, ...
 
     Task m is block m % BLOCKS of the heads, of part m // BLOCKS % SPLITS of the walk, of tile first + m // BLOCKS // SPLITS. READS
-    `[.., width]` holds the keys of each tile from `first` on: indices, or with TILE > 1 unions with BITS and COUNTS. DENSE: READS and
-    COUNTS `[B, T]` are where the keys that a query sees start and end. PACKED: K is of words of 4 bytes, k_b and k_s count bytes. With
-    SPLITS > 1 out and lse are float32 `[SPLITS, B, T, H, ..]`.
+    `[.., width]` holds the keys of each tile from `first` on: indices, or with TILE > 1 unions with BITS; of these the first COUNTS,
+    or all. DENSE: READS and COUNTS `[B, T]` are where the keys that a query sees start and end. PACKED: K is of words of 4 bytes, k_b
+    and k_s count bytes. With SPLITS > 1 out and lse are float32 `[SPLITS, B, T, H, ..]`.
     """
     dtype: gl.constexpr = Q.dtype.element_ty
     q = gl.allocate_shared_memory(dtype, [ROWS, VALUES], TILES)
@@ -495,16 +502,15 @@ def forward(
         mbarrier.init(p_ready.index(stage), count=1)
     mbarrier.init(queries, count=128)
     mbarrier.init(done, count=1)
-    sums: gl.constexpr = NARROW if PACKED else SUMS
     gl.warp_specialize(
         [
             (_scores, (
                 OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, left, right, rope, p, readers, rescale, factors,
-                queries, ready, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, HAS_SINK, DENSE, sums,
+                queries, ready, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, HAS_SINK, DENSE, PACKED,
             )),
             (_right_half, (
                 Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, right, p, rescale, factors,
-                queries, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE, sums,
+                queries, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE, PACKED,
             )),
             (_bring, (
                 K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, left, right, rope, scales, readers, copied, ready, free,
@@ -526,7 +532,11 @@ def attend(
     indices, (B, T) = indices.to(torch.int32).contiguous(), q.shape[:2]
     plan = _plan(q, K, workspace_mb)
     if plan.TILE == 1:
-        _launch(q, k, sink, out, lse, scale, plan, B * T, 0, False, indices, indices, indices)
+        ends = None
+        if ROUNDS * processors(q.device) <= B * T:
+            ends = torch.empty(B * T, dtype=torch.int32, device=q.device)
+            last_reads[(B * T,)](indices, ends, K, num_warps=4, enable_fp_fusion=True)
+        _launch(q, k, sink, out, lse, scale, plan, B * T, 0, False, indices, indices, ends)
         return out, lse
     for part, keys, bits, counts in unions(indices, k.shape[1], plan.TILE, min(workspace_mb, UNION_MB)):
         _launch(q, k, sink, out, lse, scale, plan._replace(SPLITS=1), part.stop - part.start, part.start, False, keys, bits, counts)
@@ -558,7 +568,7 @@ def _strides(x: Tensor, axes: int) -> tuple[int, ...]:
 
 def _launch(
     q: Tensor, k: Tensor, sink: Tensor | None, out: Tensor, lse: Tensor, scale: float, plan: _Plan, tiles: int, first: int, dense: bool,
-    *reads: Tensor,
+    reads: Tensor, bits: Tensor, counts: Tensor | None,
 ) -> None:  # fmt: skip
     B, T, H, D = q.shape
     S, k_strides, packs = k.shape[1], _strides(k, 2), packed.is_packed(k)
@@ -568,7 +578,7 @@ def _launch(
     into, into_lse = parts_of(plan.SPLITS, out, lse)
     last = None if sink is None or plan.SPLITS > 1 else sink.contiguous()
     forward[(min(tasks, processors(q.device)),)](
-        q, k, into, into_lse, last, *reads, first, tasks, scale * LOG2E.value, B, T, S, reads[0].shape[-1],
+        q, k, into, into_lse, last, reads, bits, counts, first, tasks, scale * LOG2E.value, B, T, S, reads.shape[-1],
         *_strides(q, 3), *k_strides, H, D - VALUES.value, *plan, last is not None, dense, packs,
         *(REGISTERS_PACKED if packs else REGISTERS), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
