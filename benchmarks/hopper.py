@@ -136,7 +136,14 @@ def prefill(id_: str, heads: int) -> Iterator[Row]:
             yield row(id_, keys, lambda x: run_shipped(q, k, x), sets, flops / PEERS[id_][keys], flops, kind=order, heads=heads)  # noqa: B023
     q, k = latents(heads, NEAR, D)
     yield row(
-        id_, NEAR, lambda x: run_shipped(q, k, x), [causal_rows(T, K) for _ in range(3)], None, attention_flops(heads, CAUSAL), kind="causal", heads=heads
+        id_,
+        NEAR,
+        lambda x: run_shipped(q, k, x),
+        [causal_rows(T, K) for _ in range(3)],
+        None,
+        attention_flops(heads, CAUSAL),
+        kind="causal",
+        heads=heads,
     )
 
 
@@ -258,9 +265,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
 
 
 def shown(row: Row, rate: float) -> str:
-    parts = [
-        f"{row['case']} {', '.join(str(row[key]) for key in ('kind', 'n', 'heads', 'queries', 'impl') if key in row)}: {row['ms']:.3f} ms"
-    ]
+    parts = [f"{row['case']} {', '.join(str(row[key]) for key in ('kind', 'n', 'heads', 'queries', 'impl') if key in row)}: {row['ms']:.3f} ms"]
     if row["tflops"]:
         parts.append(f"{row['tflops']:.0f} TFLOPS")
     if "tb_per_s" in row:
