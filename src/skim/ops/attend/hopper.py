@@ -342,10 +342,9 @@ def _scores(
     OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, left, right, rope, p, readers, rescale, factors,
     queries, ready, free, p_ready, done,
     H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
-    HAS_SINK: gl.constexpr, DENSE: gl.constexpr, PACKED: gl.constexpr,
+    HAS_SINK: gl.constexpr, DENSE: gl.constexpr, sums: gl.constexpr,
 ):  # fmt: skip
     """Scores, probabilities, lse and the left half of the output."""
-    sums: gl.constexpr = NARROW if PACKED else SUMS
     of_scores: gl.constexpr = gl.SliceLayout(1, SCORES)
     of_sums: gl.constexpr = gl.SliceLayout(1, sums)
     block, phase = 0, 0
@@ -362,9 +361,6 @@ def _scores(
         total = gl.zeros([ROWS], gl.float32, of_scores)
         acc = gl.zeros([ROWS, HALF], gl.float32, sums)
         mbarrier.wait(queries, phase)
-        rotated = q_rope
-        if DR > 0 and not PACKED:  # in registers, where there are any: then a product reads half as much of shared memory
-            rotated = q_rope.load(gl.DotOperandLayout(0, SCORES, 2))
         for _ in range(begin, end, KEYS):
             stage = block % STAGES
             mbarrier.wait(ready.index(stage), block // STAGES & 1)
@@ -373,7 +369,7 @@ def _scores(
             s = warpgroup_mma(q.slice(0, HALF, dim=1), left.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
             s = warpgroup_mma(q.slice(HALF, HALF, dim=1), right.index(stage).permute((1, 0)), s, is_async=True)
             if DR > 0:
-                s = warpgroup_mma(rotated, rope.index(stage).permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma(q_rope, rope.index(stage).permute((1, 0)), s, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             who = gl.expand_dims(readers.index(stage).load(gl.SliceLayout(0, SCORES)), 0)
             if DENSE:
@@ -382,11 +378,11 @@ def _scores(
                 reads = (who >> gl.expand_dims(i, 1) & 1) != 0
             else:
                 reads = who != 0
-            s = gl.where(reads, s, float("-inf"))
-            larger = gl.maximum(largest, gl.max(s, 1) * scale)
+            s = gl.where(reads, s * scale, float("-inf"))
+            larger = gl.maximum(largest, gl.max(s, 1))
             alpha = gl.exp2(largest - larger)
             largest = larger
-            weight = gl.exp2(s * scale - gl.expand_dims(largest, 1))
+            weight = gl.exp2(s - gl.expand_dims(largest, 1))
             total = total * alpha + gl.sum(weight, 1)
             weight = weight.to(p.dtype)
             rescale.index(stage).store(alpha)
@@ -410,10 +406,9 @@ def _scores(
 def _right_half(
     Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, right, p, rescale, factors, queries, free, p_ready, done,
     H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
-    DENSE: gl.constexpr, PACKED: gl.constexpr,
+    DENSE: gl.constexpr, sums: gl.constexpr,
 ):  # fmt: skip
     """Load the queries; the right half of the output."""
-    sums: gl.constexpr = NARROW if PACKED else SUMS
     of_sums: gl.constexpr = gl.SliceLayout(1, sums)
     b, first_query, first_head, into = _place(gl.program_id(0), first, B, T, TILE, BLOCK_H, BLOCKS, SPLITS)
     _load_queries(Q + b * q_b, q_t, q_h, first_query, first_head, T, q, q_rope, queries, H, DR, BLOCK_H)
@@ -502,15 +497,16 @@ def forward(
         mbarrier.init(p_ready.index(stage), count=1)
     mbarrier.init(queries, count=128)
     mbarrier.init(done, count=1)
+    sums: gl.constexpr = NARROW if PACKED else SUMS
     gl.warp_specialize(
         [
             (_scores, (
                 OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, left, right, rope, p, readers, rescale, factors,
-                queries, ready, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, HAS_SINK, DENSE, PACKED,
+                queries, ready, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, HAS_SINK, DENSE, sums,
             )),
             (_right_half, (
                 Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, right, p, rescale, factors,
-                queries, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE, PACKED,
+                queries, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, DENSE, sums,
             )),
             (_bring, (
                 K, k_b, k_s, S, READS, BITS, COUNTS, first, tasks, width, B, T, left, right, rope, scales, readers, copied, ready, free,
