@@ -70,6 +70,12 @@ def test_any_number_of_keys(S: int) -> None:
     check(inputs, start=start, end=end)
 
 
+@pytest.mark.parametrize("blocks", (4, 5, 9))
+def test_any_number_of_blocks_in_a_task(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "processors", lambda device: 1)
+    check(eight(T=6, S=kernels.KEYS.value * blocks - 7))
+
+
 @pytest.mark.parametrize("processors", (1, 3, 64))
 def test_the_same_bits_for_any_chunk_batch_and_split(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, weights = eight(2, 9, 900)

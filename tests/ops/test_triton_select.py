@@ -272,6 +272,33 @@ def test_top_k_of_scores_that_are_there(monkeypatch, S, budget):
         assert indices[row].tolist() == sorted((S - 1 - order[row, :count]).tolist()) + [-1] * (budget - count)
 
 
+def ranks(scores: Tensor) -> Tensor:
+    """int32 in the order of scores: infinite ones as the largest finite."""
+    largest = torch.finfo(torch.float32).max
+    bits = (scores.clamp(-largest, largest) + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@pytest.mark.parametrize("wanted_of_all", [8, 128, 700])
+@pytest.mark.parametrize("shape", ["normal", "exponential", "uniform", "heavy", "narrow", "tiny", "huge", "two humps", "infinite", "ties", "equal"])
+def test_a_sample_has_a_threshold_that_as_many_reach_as_are_wanted(shape, wanted_of_all):
+    n, x = 1024, normal(1024)
+    scores = {
+        "normal": x, "exponential": -x.abs().clamp(min=1e-6).log(), "uniform": torch.linspace(-1, 1, n), "heavy": x.pow(9), "narrow": 1 + 1e-4 * x,
+        "tiny": x * 1e-40, "huge": x * 1e38, "two humps": x + 1e6 * (x > 1), "infinite": x.masked_fill(x > 0.5, math.inf), "ties": x.mul(2).round(),
+        "equal": torch.zeros(n),
+    }[shape]  # fmt: skip
+    start, end = torch.zeros(1, dtype=torch.int32), torch.full((1,), n, dtype=torch.int32)
+    point, position = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
+    inputs = moved_to(KERNELS, (ranks(scores), start, end, point, position))
+    kernels.threshold_kernel[(1,)](*inputs, 0, n, wanted_of_all, 0, 1, BM=n)
+    point, position = moved_to("cpu", inputs[3:])
+    scores = scores.clamp(max=torch.finfo(torch.float32).max)
+    reached = int(((scores > point) | (scores == point) & (torch.arange(n) >= position)).sum())
+    wanted = math.ceil(wanted_of_all + 5 * math.sqrt(wanted_of_all) + 4)
+    assert wanted <= reached <= (wanted + wanted // 16 if shape != "infinite" else n)
+
+
 def best(scores: Tensor, start: Tensor, end: Tensor, budget: int) -> list[list[int]]:
     """Per row the keys of the best scores, the last first among equals: infinite as the largest finite, NaN below all."""
     largest = torch.finfo(torch.float32).max
@@ -348,8 +375,19 @@ def test_many_rows_whose_sample_misleads(many_rows):
     assert indices.tolist() == best(scores, start, end, 60)
 
 
-def test_many_rows_in_chunks(many_rows):
-    scores, start, end = normal(5, 9000), torch.zeros(5, dtype=torch.int32), torch.full((5,), 9000, dtype=torch.int32)
+@pytest.mark.parametrize("few", [0, 64])
+def test_top_k_writes_where_it_is_wanted(many_rows, monkeypatch, few):
+    monkeypatch.setattr(kernels, "FEW", few)
+    given = moved_to(KERNELS, (normal(5, 9000), torch.zeros(5, dtype=torch.int32), torch.full((5,), 9000, dtype=torch.int32)))
+    out = tuple(torch.full((2, *shape), -7, dtype=torch.int32, device=KERNELS) for shape in ((5, 60), (5,)))
+    wanted = kernels.top_k(*given, 60)
+    written = kernels.top_k(*given, 60, out=(out[0][1], out[1][1]))
+    for memory, mine, theirs in zip(out, written, wanted, strict=True):
+        assert mine.data_ptr() == memory[1].data_ptr() and torch.equal(mine, theirs) and bool((memory[0] == -7).all())
+
+
+def test_many_rows_that_take_turns_in_little_memory(many_rows):
+    scores, start, end = normal(9, 9000), torch.zeros(9, dtype=torch.int32), torch.full((9,), 9000, dtype=torch.int32)
     whole, parts = (kernels.top_k(*moved_to(KERNELS, (scores, start, end)), 60, mb)[0] for mb in (512, 1))
     assert torch.equal(whole, parts)
 

@@ -23,6 +23,10 @@ def test_no_interval_is_causal_and_that_of_one_query_needs_no_copy(B, T, S):
     assert T > 1 or all(x.is_contiguous() for x in interval)
 
 
+def test_without_an_interval_the_first_of_more_queries_than_keys_see_none():
+    assert intervals(expect_interval(None, None, 1, 5, 3, torch.device("cpu"))) == ([[0] * 5], [[0, 0, 1, 2, 3]])
+
+
 def test_a_chunk_of_a_prefill_stands_at_its_offset():
     assert intervals(visible(8, 3, offset=2)) == ([[0, 0, 0]], [[3, 4, 5]])
 

@@ -47,7 +47,8 @@ def expect_interval(start: Optional[Tensor], end: Optional[Tensor], B: int, T: i
         start = torch.zeros(B, T, dtype=torch.int32, device=device)
         if T == 1:  # a decoding step: as few launches as may be
             return start, torch.full_like(start, S)
-        return start, torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=device).clamp(min=0).expand(B, T)
+        end = torch.arange(S - T + 1, S + 1, dtype=torch.int32, device=device)
+        return start, (end.clamp(min=0) if S < T else end).expand(B, T)
     for name, bound in (("start", start), ("end", end)):
         expect_tensor(name, bound, "BT")
         if bound.dtype != torch.int32:

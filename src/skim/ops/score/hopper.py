@@ -25,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 
 from skim.ops.dispatch import processors
 from skim.ops.gluon import LINES, copy
-from skim.ops.score.weights import head_weights
 
 ROWS = gl.constexpr(64)  # of a product
 KEYS = gl.constexpr(256)  # of a block: two groups take two times ROWS
@@ -69,8 +68,8 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
     """Why this kernel can't run this call, or None."""
     if function != "index_scores":
         return "hopper has forwards only"
-    q, k, _, _, k_scale, *_, block_table = args
-    if q.dtype != torch.float8_e4m3fn or k.dtype != torch.float8_e4m3fn or k_scale is None:
+    q, k, _, q_scale, k_scale, *_, block_table = args
+    if q.dtype != torch.float8_e4m3fn or k.dtype != torch.float8_e4m3fn or q_scale is None or k_scale is None:
         return "it multiplies float8_e4m3fn queries and keys with their scales"
     if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
         return "it computes in float32, not in float64"
@@ -156,15 +155,19 @@ def _fill(OUT, begin, stop, t0, T, S, BQ: gl.constexpr):
 
 
 @gluon.jit
-def _load_queries(Q, W, START, END, t0, T, q, w, starts, ends, J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr):
-    """Copy queries, their weights and intervals; zeros where there is no such query or head. Pointers are of one row of the batch."""
+def _load_queries(
+    Q, W, Q_SCALE, START, END, t0, T, q, w, q_scales, starts, ends, J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr
+):  # fmt: skip
+    """Copy queries, their weights, scales and intervals; zeros where there is no such query or head. Pointers are of one row of the batch."""
     layout: gl.constexpr = _row_copy(BE)
     query, head = _column(gl.arange(0, BQ * BJ, gl.SliceLayout(1, layout)), BQ, BJ)
     source = t0.to(gl.int64) * (J * BE) + (query * J + head) * BE
     channel = gl.expand_dims(gl.arange(0, BE, gl.SliceLayout(0, layout)), 0)
     copy(q, Q + gl.expand_dims(source, 1) + channel, mask=gl.expand_dims((t0 + query < T) & (head < J), 1))
     query, head = _column(gl.arange(0, BQ * BJ, LINE), BQ, BJ)
-    copy(w, W + t0.to(gl.int64) * J + query * J + head, mask=(t0 + query < T) & (head < J))
+    source, real = t0.to(gl.int64) * J + query * J + head, (t0 + query < T) & (head < J)
+    copy(w, W + source, mask=real)
+    copy(q_scales, Q_SCALE + source, mask=real)
     t = t0 + gl.arange(0, BQ, LINE)
     copy(starts, START + t, mask=t < T)
     copy(ends, END + t, mask=t < T)
@@ -172,8 +175,8 @@ def _load_queries(Q, W, START, END, t0, T, q, w, starts, ends, J: gl.constexpr, 
 
 @gluon.jit
 def _load(
-    Q, W, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
-    q, w, starts, ends, keys, scales, asked, answered, ready, free,
+    Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
+    q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free,
     J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr,
 ):  # fmt: skip
     """Copy queries and keys."""
@@ -186,8 +189,8 @@ def _load(
         buffer = turn % 2
         mbarrier.wait(answered.index(buffer), (turn // 2 & 1) ^ 1)
         _load_queries(
-            Q + b * T * (J * BE), W + b * T * J, START + b * T, END + b * T, t0, T,
-            q.index(buffer), w.index(buffer), starts.index(buffer), ends.index(buffer), J, BQ, BJ, BE,
+            Q + b * T * (J * BE), W + b * T * J, Q_SCALE + b * T * J, START + b * T, END + b * T, t0, T,
+            q.index(buffer), w.index(buffer), q_scales.index(buffer), starts.index(buffer), ends.index(buffer), J, BQ, BJ, BE,
         )  # fmt: skip
         async_copy.mbarrier_arrive(asked.index(buffer), increment_count=False)  # each thread, when its copies are there
         t = t0 + gl.arange(0, BQ, gl.SliceLayout(0, _result(BQ)))
@@ -242,11 +245,12 @@ def _store(OUT, scores, scale, origin, t0, start, end, T, S, BQ: gl.constexpr):
 
 @gluon.jit
 def _score(
-    HALF: gl.constexpr, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, starts, ends, keys, scales, asked, answered, ready, free,
-    BQ: gl.constexpr, BJ: gl.constexpr,
+    HALF: gl.constexpr, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free,
+    J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr,
 ):  # fmt: skip
     """Scores of one half of each block of keys."""
     WIDTH: gl.constexpr = BQ * BJ // 2
+    FACTOR: gl.constexpr = 0.5 * (J**-0.5 * BE**-0.5)
     of_columns: gl.constexpr = gl.SliceLayout(0, _dots(WIDTH))
     of_queries: gl.constexpr = gl.SliceLayout(0, _result(BQ))
     of_keys: gl.constexpr = gl.SliceLayout(1, _result(BQ))
@@ -257,8 +261,9 @@ def _score(
         mbarrier.wait(asked.index(buffer), turn // 2 & 1)
         fence_async_shared()
         queries = q.index(buffer)
-        first_w = 0.5 * w.index(buffer).slice(0, WIDTH).load(of_columns)
-        second_w = 0.5 * w.index(buffer).slice(WIDTH, WIDTH).load(of_columns)
+        weights, factors = w.index(buffer), q_scales.index(buffer)
+        first_w = weights.slice(0, WIDTH).load(of_columns) * factors.slice(0, WIDTH).load(of_columns) * FACTOR
+        second_w = weights.slice(WIDTH, WIDTH).load(of_columns) * factors.slice(WIDTH, WIDTH).load(of_columns) * FACTOR
         start, end = gl.maximum(starts.index(buffer).load(of_queries), 0), gl.minimum(ends.index(buffer).load(of_queries), S)
         begin, stop, _, _ = _walk(start, end, origin, chunk, S)
         for n in range(begin, stop):
@@ -287,13 +292,14 @@ def _score(
 
 @gluon.jit(do_not_specialize=["turns", "tiles", "row_tiles", "chunk", "T"])
 def forward(
-    Q, W, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
+    Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
     J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, REGISTERS_SCORE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
 ):  # fmt: skip
     """Scores: every program serves `turns` tasks, some of the last behind the keys; a chunk's tasks are the `tiles` of the queries."""
     q = gl.allocate_shared_memory(gl.float8e4nv, [2, BQ * BJ, BE], _tile(BE))
     keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, BE], _tile(BE))
     w = gl.allocate_shared_memory(gl.float32, [2, BQ * BJ], LINES)
+    q_scales = gl.allocate_shared_memory(gl.float32, [2, BQ * BJ], LINES)
     starts = gl.allocate_shared_memory(gl.int32, [2, BQ], LINES)
     ends = gl.allocate_shared_memory(gl.int32, [2, BQ], LINES)
     scales = gl.allocate_shared_memory(gl.float32, [STAGES, KEYS], LINES)
@@ -309,11 +315,17 @@ def forward(
         mbarrier.init(free.index(stage), count=2)
     gl.warp_specialize(
         [
-            (_score, (0, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, starts, ends, keys, scales, asked, answered, ready, free, BQ, BJ)),
-            (_score, (1, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, starts, ends, keys, scales, asked, answered, ready, free, BQ, BJ)),
+            (_score, (
+                0, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free,
+                J, BQ, BJ, BE,
+            )),
+            (_score, (
+                1, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free,
+                J, BQ, BJ, BE,
+            )),
             (_load, (
-                Q, W, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
-                q, w, starts, ends, keys, scales, asked, answered, ready, free, J, BQ, BJ, BE,
+                Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
+                q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free, J, BQ, BJ, BE,
             )),
         ],
         [4, 4],
@@ -325,7 +337,7 @@ def index_scores(
     q: Tensor,
     k: Tensor,
     weights: Tensor,
-    q_scale: Tensor | None,
+    q_scale: Tensor,
     k_scale: Tensor,
     start: Tensor,
     end: Tensor,
@@ -342,7 +354,7 @@ def index_scores(
     tasks = B * row_tiles * triton.cdiv(S, chunk)
     programs = min(tasks, programs)
     forward[(programs,)](
-        q.contiguous(), head_weights(weights, q_scale, E).contiguous(), k, k_scale, start.contiguous(), end.contiguous(), scores,
+        q.contiguous(), weights.float().contiguous(), q_scale.float().contiguous(), k, k_scale, start.contiguous(), end.contiguous(), scores,
         k.stride(0) if B > 1 else 0, *k_scale.stride(), triton.cdiv(tasks, programs), B * row_tiles, row_tiles, chunk, T, S,
         J, BQ, BJ, E, *REGISTERS[BQ * BJ], num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

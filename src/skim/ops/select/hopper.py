@@ -70,12 +70,15 @@ def lse_kernel(SCORES, START, END, LSE, S, BLOCK: tl.constexpr):
     tl.store(LSE + row, finite(maximum) + tl.log(total))
 
 
-def _choose(scores: Tensor, start: Tensor, end: Tensor, budget: int, keep_first: int, keep_recent: int, workspace_mb: int) -> tuple[Tensor, Tensor]:
-    """indices `[n, K]` and counts `[n]` of rows of scores `[n, S]`, of which they see start to end - 1 `[n]`."""
+def _choose(
+    scores: Tensor, start: Tensor, end: Tensor, budget: int, keep_first: int, keep_recent: int, workspace_mb: int, out: tuple[Tensor, Tensor]
+) -> None:
+    """indices `[n, K]` and counts `[n]`, in `out`, of rows of scores `[n, S]`, of which they see start to end - 1 `[n]`."""
     top_k = implementation("select", "triton", scores.device).top_k
     between = budget - keep_first - keep_recent
     if between == budget:
-        return top_k(scores, start, end, budget, workspace_mb)
+        top_k(scores, start, end, budget, workspace_mb, out)
+        return
     slot = torch.arange(budget, dtype=torch.int32, device=scores.device)
     seen = (end - start).clamp(min=0)
     counts = seen.clamp(max=budget)
@@ -84,14 +87,15 @@ def _choose(scores: Tensor, start: Tensor, end: Tensor, budget: int, keep_first:
     if between:
         indices[:, keep_first : budget - keep_recent], _ = top_k(scores, start + keep_first, end - keep_recent, between, workspace_mb)
     everything = torch.where(slot < counts[:, None], first, -1)
-    return torch.where((seen > budget)[:, None], indices, everything), counts
+    out[0].copy_(torch.where((seen > budget)[:, None], indices, everything))
+    out[1].copy_(counts)
 
 
 def select(
     q: Tensor,
     k: Tensor,
     weights: Tensor,
-    q_scale: Tensor | None,
+    q_scale: Tensor,
     k_scale: Tensor,
     start: Tensor,
     end: Tensor,
@@ -117,11 +121,10 @@ def select(
     def work(b: int, rows: slice, k: Tensor, k_scale: Tensor) -> None:
         # A function, so that the scores of one chunk are gone before those of the next are there.
         here = slice(b, b + 1)
-        of_queries = None if q_scale is None else q_scale[here, rows]
         interval = start[here, rows], end[here, rows]
-        scores = score.index_scores(q[here, rows], k, weights[here, rows], of_queries, k_scale, *interval, memory)[0]
+        scores = score.index_scores(q[here, rows], k, weights[here, rows], q_scale[here, rows], k_scale, *interval, memory)[0]
         low, high = (x[0].contiguous() for x in interval)
-        indices[b, rows], counts[b, rows] = _choose(scores, low, high, budget, keep_first, keep_recent, rest)
+        _choose(scores, low, high, budget, keep_first, keep_recent, rest, (indices[b, rows], counts[b, rows]))
         if with_scores:
             found = indices[b, rows]
             chosen[b, rows] = scores.gather(1, found.clamp(min=0).long()).masked_fill_(found < 0, -torch.inf)

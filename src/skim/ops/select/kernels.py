@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 
 from skim.ops.score.triton import INTERPRETED, keys_of, load_interval, load_queries, score_tile, union
-from skim.ops.select.lse import add_exponentials, finite, maximum_and_sum
+from skim.ops.select.lse import finite
 
-PIECE = tl.constexpr(4)  # neighbouring scores in memory that are sampled together, in one load
 FINITE = tl.constexpr(3.4028234663852886e38)
 RANK_KEPT = tl.constexpr(0x7F800000)  # of keys kept whatever they score: that of +inf
 RANK_NAN = tl.constexpr(-0x7F800001)
 LOWEST = tl.constexpr(-0x80000000)
+STEPS = tl.constexpr(8)  # guesses of a point, before bisection takes over
 
 
 @triton.jit
@@ -120,6 +120,24 @@ def greatest(values, wanted, most, low, high):
 
 
 @triton.jit
+def nearest(values, wanted, most, low, high, score, count, scale):
+    """As `greatest`, of scores: about `count` of them reach `score`, and the logarithm of how many do falls by about one in `scale`.
+
+    So each count says how far away the point is that `wanted` to `most` reach. Where that is no help, and after STEPS, by bisection.
+    """
+    step, count, goal = 0, count.to(tl.float32), (wanted + most) * 0.5
+    while low + 1 < high:
+        middle = (low & high) + ((low ^ high) >> 1)
+        guess = rank_at(score + 2 * scale * (count - goal) / (count + goal))  # about the logarithm of their quotient
+        middle = tl.where((guess > low) & (guess < high) & (step < STEPS), guess, middle)
+        number = reaching(values, middle)
+        low = tl.where(number >= wanted, middle, low)
+        high = tl.where(number > most, high, tl.where(number >= wanted, middle + 1, middle))
+        score, count, step = score_at(middle), number.to(tl.float32), step + 1
+    return low
+
+
+@triton.jit
 def sampled_key(stratum, stride):
     """The key that is sampled of the keys stratum * stride, ...: any, so that no period of the keys meets the sample's."""
     x = stratum.to(tl.uint32) * 0x9E3779B1
@@ -189,12 +207,15 @@ def sample_kernel(
 
 
 @triton.jit
-def point_of(values, key, wanted, most, highest, start, end, position):
+def point_of(values, key, number, wanted, most, highest, start, end, position):
     """The point of the order, (score, position), that `wanted` to `most` of a sample reach; `position` where no plateau is cut.
 
-    Values are scores as `ordered` gives them, NaN where a key isn't seen; `highest` is the largest of them, and not -0.0.
+    Values are scores as `ordered` gives them, `number` of them, NaN where a key isn't seen; `highest` is the largest, and not -0.0.
     """
-    point = score_at(greatest(values, wanted, most, tl.full([], RANK_NAN, tl.int32), rank_at(highest) + 1))
+    known = tl.abs(values) < float("inf")
+    mean = tl.sum(tl.where(known, values, 0.0)) / number
+    scale = 0.8 * tl.sum(tl.where(known, tl.abs(values - mean), 0.0)) / number  # fits normal and exponential scores; about half reach the mean
+    point = score_at(nearest(values, wanted, most, tl.full([], RANK_NAN, tl.int32), rank_at(highest) + 1, mean, number / 2, scale))
     above, equal = tl.sum((values > point).to(tl.int32)), tl.sum((values == point).to(tl.int32))
     if (above + equal > most) & (point > -FINITE) & (point < FINITE):  # a plateau, cut at a position
         position = greatest(tl.where(values == point, key, -1), wanted - above, most - above, start, end)
@@ -218,7 +239,7 @@ def threshold_kernel(RANKS, START, END, SCORE, POSITION, row0, S, budget, capaci
         most = wanted + wanted // 16  # the search may stop early
         if wanted <= number:
             key = sampled_key(stratum, stride)
-            point, position = point_of(score_at(rank), key, wanted, most, score_at(tl.max(rank)), start, end, position)  # NaN where not seen
+            point, position = point_of(score_at(rank), key, number, wanted, most, score_at(tl.max(rank)), start, end, position)  # NaN where not seen
     tl.store(SCORE + row, point)
     tl.store(POSITION + row, position)
 
@@ -481,16 +502,6 @@ def choose(
 
 
 @triton.jit
-def choose_of_row(SCORES, INDICES, start, end, wanted, BC: tl.constexpr, W: tl.constexpr):
-    """The `wanted` best of all scores of one row, which end within BC of a multiple of 16."""
-    R: tl.constexpr = BC // (W * 64)
-    place = start // 16 * 16 + of_pairs(2 * in_order(W, R, 32, R * 32), W, R) + (tl.arange(0, 64) % 2)[None, None, :]
-    key = tl.max_contiguous(tl.multiple_of(place, [1, 1, 2]), [1, 1, 2])
-    scores = tl.load(SCORES + key, mask=key < end, other=0.0)
-    keep_best(ordered(scores), (key >= start) & (key < end), key, scores, INDICES, INDICES, wanted, W, R, False)
-
-
-@triton.jit
 def pad(INDICES, CHOSEN, first, budget, WITH_SCORES: tl.constexpr):
     """-1 (and -inf) from slot `first` on."""
     for origin in range(first, budget, 1024):
@@ -587,298 +598,6 @@ def choose_of_all(SCORES, INDICES, CHOSEN, start, end, wanted, keep_first, keep_
             tl.store(CHOSEN + slot, scores, mask=kept != 0)
         place += tl.sum(kept)
         equals += tl.sum(equal)
-
-
-@triton.jit
-def threshold_of(SCORES, start, end, S, budget, keep_first, keep_recent, stride, BM: tl.constexpr, KEEP: tl.constexpr):
-    """From which point of the order on keys of a row are candidates: (score, position), as in `threshold_kernel`."""
-    key = (sampled_key(tl.arange(0, BM // PIECE), stride) * PIECE)[:, None] + tl.arange(0, PIECE)
-    scores = tl.load(SCORES + key, mask=key < S, other=0.0)
-    if KEEP:
-        scores = with_kept(scores, key, start, end, keep_first, keep_recent)
-    seen = (key >= start) & (key < end)
-    values = ordered(scores)
-    highest = tl.max(tl.where(seen, values, float("-inf"))) + 0.0  # -0.0 becomes 0.0
-    values = tl.where(seen, values, float("nan"))
-    number = tl.sum(seen.to(tl.int32))
-    expected = budget * (number / (end - start).to(tl.float32))
-    # Four standard deviations more where neighbours are all alike, and eleven where they have nothing to do with each other.
-    wanted = tl.ceil(expected + 4 * tl.sqrt(expected * PIECE) + 4).to(tl.int32)
-    most = wanted + wanted // 16
-    point, position = tl.full([], -FINITE, tl.float32), start  # everything
-    if wanted <= number:
-        point, position = point_of(values, key, wanted, most, highest, start, end, position)
-    return point, position
-
-
-@triton.jit
-def before_quads(number, W: tl.constexpr):
-    """How many of its warp are chosen before each four, of which `number` `[W, 4, 32]` are, in the same shape; and how many at all, `[W, 32]`.
-
-    The counts of a thread share an integer, so that they need one scan.
-    """
-    row = tl.arange(0, 4)
-    shift = (row * 8)[:, None, None]
-    thread = tl.sum(number << (row * 8)[None, :, None], 1)
-    inside = ((tl.cumsum(thread, 1) - thread)[None] >> shift) & 0xFF
-    rows = (tl.broadcast_to(tl.sum(thread, 1, keep_dims=True), [W, 32])[None] >> shift) & 0xFF
-    first = tl.sum(tl.where((row[None, :] < row[:, None])[:, :, None, None], rows[None], 0), 1)
-    return tl.permute(inside + first, [1, 0, 2]), tl.sum(rows, 0)
-
-
-@triton.jit
-def collect(SCORES, ENTRIES, COUNTS, start, end, lowest, position, part, segment, S, W: tl.constexpr, STAGES: tl.constexpr):
-    """Each warp appends the candidates of its part of the keys to its segment of ENTRIES; COUNTS `[W]` may exceed what is stored."""
-    warp = tl.arange(0, W)[:, None]
-    above = next_score(lowest)
-    count = tl.broadcast_to(warp * segment, [W, 32])
-    room = count + segment - 512 - 2
-    low, offset, quad = start // 512 * 512, in_order(W, 4, 128, part), 4 * in_order(W, 4, 32, part // 4)
-    for origin in tl.range(low, low + part, 512, num_stages=STAGES):
-        origin = tl.multiple_of(origin, 512)
-        key = origin + offset
-        scores = tl.load(SCORES + key, mask=key < S, other=0.0)
-        if (origin < start) | (origin + (W - 1) * part + 512 > end):
-            scores = tl.where((key >= start) & (key < end), scores, float("nan"))
-        least = tl.where(origin + warp * part >= position, lowest, above)[:, :, None]
-        even, odd = tl.split(tl.reshape(scores, [W, 4, 32, 2, 2]))
-        a, c = tl.split(even)
-        b, d = tl.split(odd)
-        pair = reaching_of_two(a, b, least)
-        before, more = before_quads(pair + reaching_of_two(c, d, least), W)
-        slot = tl.broadcast_to(tl.minimum(count, room)[:, None, :], [W, 4, 32]) + before  # what has no room is of no use
-        append_pairs(ENTRIES, slot, origin + quad, a, b, a, b, least)
-        append_pairs(ENTRIES, slot + pair, origin + quad + 2, c, d, c, d, least)
-        count += more
-    tl.store(COUNTS + tl.broadcast_to(warp, [W, 32]), count - warp * segment)
-    behind = tl.minimum(tl.max(count, 1), tl.arange(0, W) * segment + segment - 2)[:, None] + tl.arange(0, 2)  # candidates are read two at a time
-    tl.store(ENTRIES + behind, tl.zeros_like(behind).to(tl.int64))
-
-
-@triton.jit(do_not_specialize=["row0", "stride"])
-def row_candidates_kernel(
-    SCORES, START, END, ENTRIES, COUNTS, stride_row, row0, S, budget, stride, segment,
-    BM: tl.constexpr, BC: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The candidates of a row of more than BC scores, ENTRIES `[W, segment]` and COUNTS `[W]`. Grid: rows."""
-    here = tl.program_id(0).to(tl.int64)
-    row = row0 + here
-    start, end = interval_of(START, END, row, S)
-    if end - start // 16 * 16 > BC:
-        SCORES += row * stride_row
-        point, position = threshold_of(SCORES, start, end, S, budget, 0, 0, stride, BM, False)
-        low = start // 512 * 512
-        part = tl.cdiv(end - low, 512 * W) * 512
-        position = low + tl.maximum(position - low, 0) // 512 * 512
-        lowest = tl.where(point == -FINITE, float("-inf"), point)
-        collect(SCORES, ENTRIES + here * W * segment, COUNTS + here * W, start, end, lowest, position, part, segment, S, W, STAGES)
-
-
-@triton.jit(do_not_specialize=["row0"])
-def choose_row_kernel(
-    SCORES, START, END, ENTRIES, COUNTS, INDICES, SIZES, stride_row, row0, S, budget, segment,
-    BC: tl.constexpr, W: tl.constexpr, SEGMENTS: tl.constexpr, SAMPLED: tl.constexpr,
-):  # fmt: skip
-    """A row's selection from its candidates, or from its scores where those are few or the candidates aren't all there. Grid: rows."""
-    here = tl.program_id(0).to(tl.int64)
-    row = row0 + here
-    SCORES, INDICES = SCORES + row * stride_row, INDICES + row * budget
-    start, end, size, wanted = open_row(START, END, SIZES, INDICES, INDICES, row, S, budget, False)
-    span = end - start // 16 * 16
-    if size <= budget:
-        for origin in range(0, size, 1024):
-            slot = origin + tl.arange(0, 1024)
-            tl.store(INDICES + slot, start + slot, mask=slot < size)
-    elif span <= BC:
-        if SAMPLED and span <= BC // 2:
-            choose_of_row(SCORES, INDICES, start, end, wanted, BC // 2, W)
-        else:
-            choose_of_row(SCORES, INDICES, start, end, wanted, BC, W)
-    elif SAMPLED:
-        ENTRIES, COUNTS = ENTRIES + here * SEGMENTS * segment, COUNTS + here * SEGMENTS
-        counts = tl.load(COUNTS + tl.arange(0, SEGMENTS))
-        slots = tl.sum(tl.cdiv(counts, 2)) * 2
-        if (tl.sum(counts) < wanted) | (slots > BC):
-            choose_of_all(SCORES, INDICES, INDICES, start, end, wanted, 0, 0, 2048, False)
-        elif slots <= BC // 2:
-            choose(ENTRIES, COUNTS, INDICES, INDICES, start, end, wanted, 0, 0, SEGMENTS, segment, BC // 2, W, False, False)
-        else:
-            choose(ENTRIES, COUNTS, INDICES, INDICES, start, end, wanted, 0, 0, SEGMENTS, segment, BC, W, False, False)
-
-
-@triton.jit
-def before_each(chosen, W: tl.constexpr):
-    """How many before each of four neighbours of each thread are chosen, `[W, 1, 128]` as `chosen`, and how many at all."""
-    even, odd = tl.split(tl.reshape(chosen, [W, 32, 2, 2]))
-    early, late = tl.split(even + odd)
-    thread, two = early + late, tl.arange(0, 2)
-    warps = tl.sum(thread, 1)
-    inside = tl.cumsum(thread, 1) - thread + (tl.cumsum(warps, 0) - warps)[:, None]
-    inside = inside[:, :, None, None] + early[:, :, None, None] * two[:, None] + even[:, :, :, None] * two
-    return tl.reshape(inside, [W, 1, 128]), tl.sum(warps)
-
-
-@triton.jit
-def append_row(VALUES, KEYS, slot, scores, key, ranked, least):
-    """Stores scores and keys where ranked >= least."""
-    if INTERPRETED:
-        tl.store(VALUES + slot, scores, mask=ranked >= least)
-        tl.store(KEYS + slot, key, mask=ranked >= least)
-    else:  # the same by the threads that have them, as in `append_pairs`
-        tl.inline_asm_elementwise(
-            """{ .reg .pred p; .reg .b64 a; setp.ge.f32 p, $6, $7; mad.wide.u32 a, $3, 4, $1; @p st.global.b32 [a], $4;
-            mad.wide.u32 a, $3, 4, $2; @p st.global.b32 [a], $5; mov.u32 $0, 0; }""",
-            "=r,l,l,r,r,r,r,r",
-            [VALUES.to(tl.int64, bitcast=True), KEYS.to(tl.int64, bitcast=True), slot, scores, key, ranked, least],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def put(out, slot, values, mask):
-    """tl.store of int32."""
-    if INTERPRETED:
-        tl.store(out + slot, values, mask=mask)
-    else:  # the same by the threads that have them, as in `append_pairs`
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b64 a; setp.ne.s32 p, $4, 0; mad.wide.u32 a, $2, 4, $1; @p st.global.b32 [a], $3; mov.u32 $0, 0; }",
-            "=r,l,r,r,r",
-            [out.to(tl.int64, bitcast=True), slot, values, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit(do_not_specialize=["stride"])
-def part_candidates_kernel(
-    SCORES, START, END, VALUES, KEYS, COUNTS, MAXIMA, SUMS, stride_row, S, budget, keep_first, keep_recent, stride, part, segment,
-    BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
-):  # fmt: skip
-    """The candidates of `part` keys of a row, VALUES and KEYS `[parts, segment]` and COUNTS `[parts]`. Grid: rows, parts.
-
-    Each program finds its row's threshold itself: that takes less time than one more kernel. With scores also the maximum and the
-    sum of the exponentials of each part.
-    """
-    ROWS: tl.constexpr = BN // 128
-    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * part
-    here = row * tl.num_programs(1) + tl.program_id(1)
-    SCORES, VALUES, KEYS = SCORES + row * stride_row, VALUES + here * segment, KEYS + here * segment
-    key = first + in_order(ROWS, 1, 128, 128)
-    scores = tl.load(SCORES + key, mask=key < S, other=0.0)  # on their way while the threshold is looked for
-    start, end = interval_of(START, END, row, S)
-    if not WITH_SCORES:  # a row that keeps all it sees needs no candidates
-        end = tl.where(end - start <= budget, 0, end)
-    lowest, position = tl.full([], -FINITE, tl.float32), start  # everything
-    if end - start > BC - 8:  # the first part that is seen and the last may leave gaps
-        lowest, position = threshold_of(SCORES, start, end, S, budget, keep_first, keep_recent, stride, BM, KEEP)
-    above, count = next_score(lowest), 0
-    largest, sums = tl.full([ROWS, 1, 128], float("-inf"), tl.float32), tl.zeros([ROWS, 1, 128], tl.float32)
-    last = tl.minimum(first + part, end)
-    for origin in range(first, last, BN):
-        ahead = tl.load(SCORES + key + BN, mask=key + BN < tl.where(origin + BN < last, S, 0), other=0.0)
-        seen = (key >= start) & (key < end)
-        ranked = tl.maximum(scores, -FINITE)  # NaN too
-        if KEEP:
-            ranked = with_kept(ranked, key, start, end, keep_first, keep_recent)
-        ranked = tl.where(seen, ranked, float("-inf"))
-        least = tl.where(key >= position, lowest, above)
-        before, number = before_each((ranked >= least).to(tl.int32), ROWS)
-        append_row(VALUES, KEYS, tl.minimum(count, segment - BN) + before, scores, key, ranked, least)  # a full segment is of no use
-        count += number
-        if WITH_SCORES:
-            largest, sums = add_exponentials(largest, sums, tl.where(seen, scores, float("-inf")))
-        scores, key = ahead, key + BN
-    tl.store(COUNTS + here, count)
-    if WITH_SCORES:
-        maximum, total = maximum_and_sum(tl.reshape(largest, [BN]), tl.reshape(sums, [BN]))
-        tl.store(MAXIMA + here, maximum)
-        tl.store(SUMS + here, total)
-
-
-@triton.jit
-def part_of(quad, first, PARTS: tl.constexpr):
-    """The last of the parts that begin, at `first` `[PARTS]`, no later than each quad."""
-    part = tl.zeros_like(quad)
-    for i in tl.static_range(9):  # bisection
-        if PARTS >> i > 1:
-            later = part + (PARTS >> i) // 2
-            part = tl.where(tl.gather(first, later, 0) <= quad, later, part)
-    return part
-
-
-@triton.jit
-def of_each(x, ROWS: tl.constexpr):
-    """`[ROWS * 32]`, of quads, as `[ROWS, 1, 128]`."""
-    return tl.reshape(tl.broadcast_to(tl.reshape(x, [ROWS, 1, 32])[:, :, :, None], [ROWS, 1, 32, 4]), [ROWS, 1, 128])
-
-
-@triton.jit
-def keep_best_of_parts(
-    VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment,
-    BC: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
-):  # fmt: skip
-    """The `wanted` best of a row's candidates, `counts` `[PARTS]` of them, in at most BC slots; each part begins at a multiple of four."""
-    ROWS: tl.constexpr = BC // 128
-    quad, quads = tl.arange(0, BC // 4), tl.cdiv(counts, 4)
-    first = tl.cumsum(quads, 0) - quads
-    part = part_of(quad, first, PARTS)
-    inside = 4 * (quad - tl.gather(first, part, 0))
-    left = of_each(tl.gather(counts, part, 0) - inside, ROWS)
-    near = tl.arange(0, 128)[None, None, :] % 4
-    place = tl.max_contiguous(tl.multiple_of(of_each(part * segment + inside, ROWS) + near, [1, 1, 4]), [1, 1, 4])
-    real = near < left
-    scores = tl.load(VALUES + place, mask=real, other=0.0)
-    key = tl.load(KEYS + place, mask=real, other=0)
-    rank = rank_of(scores, key, start, end, keep_first, keep_recent) if KEEP else rank_alone(scores)
-    rank = tl.where(real, rank, LOWEST)
-    point = greatest(rank, wanted, wanted, tl.min(tl.where(real, rank, RANK_KEPT)), tl.max(rank) + 1)
-    kept = (rank >= point).to(tl.int32)
-    before, number = before_each(kept, ROWS)
-    if number > wanted:  # the oldest of those at the threshold go
-        equals, _ = before_each((rank == point).to(tl.int32), ROWS)
-        kept = tl.where((rank > point) | (equals >= number - wanted), kept, 0)
-        before -= tl.minimum(equals, number - wanted)
-    put(INDICES, before, key, kept != 0)
-    if WITH_SCORES:
-        put(CHOSEN.to(tl.pointer_type(tl.int32), bitcast=True), before, scores.to(tl.int32, bitcast=True), kept != 0)
-
-
-@triton.jit
-def choose_parts_kernel(
-    SCORES, START, END, VALUES, KEYS, COUNTS, MAXIMA, SUMS, INDICES, SIZES, CHOSEN, LSE, stride_row, S, budget, keep_first, keep_recent, parts,
-    segment, BC: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, WITH_SCORES: tl.constexpr,
-):  # fmt: skip
-    """A row's selection from the candidates of its parts, or, where they aren't all there, from all its scores. Grid: rows."""
-    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
-    counts = tl.load(COUNTS + row * parts + part, mask=part < parts, other=0)
-    VALUES, KEYS = VALUES + row * parts * segment, KEYS + row * parts * segment
-    INDICES, CHOSEN = INDICES + row * budget, CHOSEN + row * budget
-    start, end, size, wanted = open_row(START, END, SIZES, INDICES, CHOSEN, row, S, budget, WITH_SCORES)
-    if WITH_SCORES:
-        maxima = tl.load(MAXIMA + row * parts + part, mask=part < parts, other=float("-inf"))
-        maximum, total = maximum_and_sum(maxima, tl.load(SUMS + row * parts + part, mask=part < parts, other=0.0))
-        tl.store(LSE + row, finite(maximum) + tl.log(total))
-    if (size <= budget) & (not WITH_SCORES):
-        for origin in range(0, size, 1024):
-            slot = origin + tl.arange(0, 1024)
-            tl.store(INDICES + slot, start + slot, mask=slot < size)
-    elif size > 0:
-        slots = 4 * tl.sum(tl.cdiv(counts, 4))
-        if (tl.sum(counts) < wanted) | (slots > BC):
-            choose_of_all(SCORES + row * stride_row, INDICES, CHOSEN, start, end, wanted, keep_first, keep_recent, 2048, WITH_SCORES)
-        elif slots <= BC // 2:
-            keep_best_of_parts(
-                VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment, BC // 2, PARTS,
-                KEEP, WITH_SCORES,
-            )  # fmt: skip
-        else:
-            keep_best_of_parts(
-                VALUES, KEYS, INDICES, CHOSEN, counts, start, end, wanted, keep_first, keep_recent, segment, BC, PARTS,
-                KEEP, WITH_SCORES,
-            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tile0", "row0", "count"])

@@ -1,7 +1,7 @@
-"""Exact top-k of index scores on NVIDIA GPUs from sm_80 on: plans and launches of kernels.py. The scores of many queries never reach memory.
+"""Exact top-k of index scores on NVIDIA GPUs from sm_80 on: plans and launches of kernels.py and rows.py.
 
-The scores of few queries, as in decoding, are written, once, and sampled where they lie: steps that wait for each other are what
-takes time there, and so there is one less. Each of many programs finds the candidates in a part of a row.
+The scores of many queries never reach memory. Those of few, as in decoding, are written, once, and sampled where they lie: steps that
+wait for each other are what takes time there, and so there is one less. Each of many programs finds the candidates in a part of a row.
 """
 
 from __future__ import annotations
@@ -16,23 +16,13 @@ from skim.ops.score import triton as score
 from skim.ops.score.pages import length
 from skim.ops.score.triton import PROGRAMS, Tile, operands
 from skim.ops.score.weights import head_weights
-from skim.ops.select.kernels import (
-    PIECE,
-    candidates_kernel,
-    choose_kernel,
-    choose_parts_kernel,
-    choose_row_kernel,
-    exhaustive_kernel,
-    part_candidates_kernel,
-    row_candidates_kernel,
-    sample_kernel,
-    threshold_kernel,
-)
+from skim.ops.select.kernels import candidates_kernel, choose_kernel, exhaustive_kernel, sample_kernel, threshold_kernel
+from skim.ops.select.rows import PIECE, choose_parts_kernel, part_candidates_kernel, top_k_kernel
 
 ROW_SAMPLE = 2048  # keys that a row of scores in memory is sampled at, at least
 ROW_CAPACITY = 8192  # candidates that it may have, at most
-ROW_WARPS = 2, 8  # of the programs that find candidates, and of those that choose from them
-REGISTERS = 128, 80  # of their threads, at most: with 80 three programs of eight warps share a processor
+ROW_WARPS = 8  # of the program of a row
+REGISTERS = 80  # of a thread that chooses, at most, so that three programs of eight warps share a processor
 BUDGET = 8192  # the candidates of a row lie in the registers of one program
 STRATA = 32768  # keys that a row may have to be sampled at
 SAMPLE = 4096  # keys that a row is sampled at, at most
@@ -151,7 +141,7 @@ def _select(
         choose_kernel[(here,)](
             memory, found, maxima, sums, start, end, indices, counts, chosen, lse, flags, row0, S, budget, *keep, splits, segment,
             capacity, BC=max(capacity, 128 * choosing), W=choosing, KEEP=sum(keep) > 0, WITH_SCORES=with_scores,
-            num_warps=choosing, maxnreg=REGISTERS[1] if choosing < 16 else 128,  # sixteen warps leave no room for a second program
+            num_warps=choosing, maxnreg=REGISTERS if choosing < 16 else 128,  # sixteen warps leave no room for a second program
         )  # fmt: skip
         if strata:
             exhaustive_kernel[(again,)](
@@ -191,12 +181,15 @@ def select(
     return _select((q, w, *keys.pointers), strides, sizes, tile, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, constants)
 
 
-def top_k(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb: int = 512) -> tuple[Tensor, Tensor]:
+def top_k(
+    scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb: int = 512, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The `budget` best of scores that are there already, in the order of `select`.
 
     Args:
         scores: float32 `[rows, S]`.
         start, end: int32 `[rows]`: the keys that a row may choose from.
+        out: contiguous, where to write what is returned; None is new memory.
 
     Returns:
         indices int32 `[rows, K]`, ascending with -1 behind, and counts int32 `[rows]`.
@@ -204,45 +197,42 @@ def top_k(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb:
     rows, S = scores.shape
     if _few(rows, S, budget, workspace_mb):
         indices, counts, _, _ = _select_few(scores, start, end, budget, 0, 0, False)
-        return indices, counts
+        return _written(out, indices, counts)
     samples, capacity = row_sampling(min(budget, S), S)
     if rows < PROGRAMS or capacity > ROW_CAPACITY:
-        return _top_k_in_parts(scores, start, end, budget, workspace_mb)
+        return _written(out, *_top_k_in_parts(scores, start, end, budget, workspace_mb))
     start, end = start.contiguous(), end.contiguous()
-    indices = torch.empty(rows, budget, dtype=torch.int32, device=scores.device)
-    counts = torch.empty(rows, dtype=torch.int32, device=scores.device)
-    warps, choosing = ROW_WARPS
-    part = triton.cdiv(triton.cdiv(S, warps) + 512, 512) * 512
+    if out is None:
+        out = scores.new_empty(rows, budget, dtype=torch.int32), scores.new_empty(rows, dtype=torch.int32)
+    indices, counts = out
+    part = triton.cdiv(triton.cdiv(S, ROW_WARPS) + 512, 512) * 512
     segment = min(capacity, part) + 512 + 16 if samples else 16  # as in `_select`
-    step = min(rows, max(1, (workspace_mb << 20) // (warps * (8 * segment + 4))))
-    step = step // PROGRAMS * PROGRAMS or step  # whole waves of programs
-    entries = torch.empty(step * warps * segment, dtype=torch.int64, device=scores.device)
-    found = torch.empty(step * warps, dtype=torch.int32, device=scores.device)
-    stride = triton.cdiv(S, max(samples, 1))
-    for row0 in range(0, rows, step):
-        grid = (min(step, rows - row0),)
-        if samples:
-            row_candidates_kernel[grid](
-                scores, start, end, entries, found, scores.stride(0), row0, S, budget, stride, segment,
-                BM=samples, BC=capacity, W=warps, STAGES=3, num_warps=warps, maxnreg=REGISTERS[0],
-            )  # fmt: skip
-        choose_row_kernel[grid](
-            scores, start, end, entries, found, indices, counts, scores.stride(0), row0, S, budget, segment,
-            BC=capacity, W=choosing, SEGMENTS=warps, SAMPLED=samples > 0, num_warps=choosing, maxnreg=REGISTERS[1],
-        )  # fmt: skip
+    places = min(rows, max(1, (workspace_mb << 20) // (ROW_WARPS * (8 * segment + 4) + 4)))  # rows take turns in them
+    entries = torch.empty(places * ROW_WARPS * segment, dtype=torch.int64, device=scores.device)
+    found = torch.empty(places * ROW_WARPS, dtype=torch.int32, device=scores.device)
+    locks = torch.zeros(places, dtype=torch.int32, device=scores.device)
+    top_k_kernel[(rows,)](
+        scores, start, end, entries, found, locks, indices, counts, scores.stride(0), S, budget, triton.cdiv(S, max(samples, 1)), places, segment,
+        BM=samples, BC=capacity, W=ROW_WARPS, SAMPLED=samples > 0, num_warps=ROW_WARPS, maxnreg=REGISTERS,
+    )  # fmt: skip
     return indices, counts
+
+
+def _written(out: tuple[Tensor, Tensor] | None, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """indices and counts, copied to `out` if that is given."""
+    return (indices, counts) if out is None else (out[0].copy_(indices), out[1].copy_(counts))
 
 
 def row_sampling(budget: int, S: int) -> tuple[int, int]:
     """(keys sampled, candidates that a row may have) for the best `budget` of S scores in memory; none are sampled if all may be candidates."""
-    least = 256 * max(ROW_WARPS)
+    least = 256 * ROW_WARPS
     if S <= ROW_CAPACITY:
         return 0, max(least, triton.next_power_of_2(S))
     samples = ROW_SAMPLE
     while True:
         expected = budget * samples / S
         wanted = (expected + 4 * math.sqrt(PIECE.value * expected) + 4) * 17 / 16  # as in threshold_of
-        likely = S / samples * (wanted + 4 * math.sqrt(PIECE.value * wanted)) + 512 + ROW_WARPS[0]
+        likely = S / samples * (wanted + 4 * math.sqrt(PIECE.value * wanted)) + 512 + ROW_WARPS
         capacity = max(least, triton.next_power_of_2(max(budget, math.ceil(likely))))
         if capacity <= ROW_CAPACITY or samples >= 8192:
             return samples, capacity
