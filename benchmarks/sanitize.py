@@ -60,6 +60,8 @@ KNOWN = {
         "of that group (tests/ops/test_compiled_hopper.py), and Triton hands them their tasks likewise: racecheck doesn't connect the two"
     ),
     ("racecheck", "attend.hopper_union.forward_unions"): TASKS,
+    ("racecheck", "attend.hopper_backward.scores_128"): TASKS,
+    ("racecheck", "attend.hopper_backward.of_keys_128"): TASKS,
     ("racecheck", "score.hopper.forward"): TASKS,
 }
 

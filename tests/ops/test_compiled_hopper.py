@@ -53,7 +53,9 @@ def test_attention_over_unions(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_gradients_over_latents(tmp_path: Path) -> None:
-    kernels = {f"{row['call']} {row['kernel']}": row for row in found(90, ("hopper_backward",), tmp_path) if row["kernel"] in ("scores", "of_keys")}
+    kernels = {
+        f"{row['call']} {row['kernel']}": row for row in found(90, ("hopper_backward",), tmp_path) if row["kernel"] in ("scores_128", "of_keys_128")
+    }
     assert len(kernels) == 4
     for name, row in kernels.items():
         # In each of two groups of warps, of 64 channels: scores, 16 channels at a time, or sums over 128 heads, 16 at a time; without values once.

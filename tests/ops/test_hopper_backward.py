@@ -26,7 +26,7 @@ def simulated_without_a_card(monkeypatch: pytest.MonkeyPatch):
     if not REAL:
         monkeypatch.setattr(latent, "gluon", lambda device: True)
         monkeypatch.setattr(kernels, "processors", lambda device: 2)
-        for name in ("scores", "of_keys"):
+        for name in ("scores_128", "of_keys_128"):
             monkeypatch.setattr(kernels, name, Simulated(getattr(kernels, name)))
 
 

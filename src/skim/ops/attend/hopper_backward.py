@@ -3,9 +3,9 @@
 A task is a query, 128 of its heads and a block of 128 keys. A program, one a processor, serves task after task and takes their channels
 in steps of 64, four of them in shared memory. One group of warps loads, two groups of four warps multiply:
 
-- `scores`: `_gather` copies keys, 16 bytes at a time, zeros where there is none, and has the copy engine fetch queries and gradients.
+- `scores_128`: `_gather` copies keys, 16 bytes at a time, zeros where there is none, and has the copy engine fetch queries and gradients.
   `_score` sums the products of 64 heads over all steps, and writes P and dS.
-- `of_keys`: `_fetch`, a single warp, has the copy engine fetch the P and dS of a task, and gradients and queries in steps. `_sum_heads` holds
+- `of_keys_128`: `_fetch`, a single warp, has the copy engine fetch the P and dS of a task, and gradients and queries in steps. `_sum_heads` holds
   P and dS of 64 keys in registers. The sums of a step are added to memory while the next is multiplied. The additions bind it, and are
   fastest where 16 threads add the 256 bytes that a key has of a step.
 
@@ -140,7 +140,7 @@ def _score(
 
 
 @gluon.jit(do_not_specialize=["first", "tasks", "blocks", "T"])
-def scores(
+def scores_128(
     Q, K, GRAD, FULL, SHIFT, READS, ENDS, P, DS, first, tasks, blocks, scale, T, width, wide, k_b, k_s,
     H: gl.constexpr, D: gl.constexpr, REGISTERS_SCORE: gl.constexpr, REGISTERS_GATHER: gl.constexpr,
 ):  # fmt: skip
@@ -240,7 +240,7 @@ def _sum_heads(
 
 
 @gluon.jit(do_not_specialize=["first", "tasks", "blocks", "T"])
-def of_keys(
+def of_keys_128(
     Q, GRAD, P, DS, READS, ENDS, DK, first, tasks, blocks, T, S, width,
     H: gl.constexpr, D: gl.constexpr, REGISTERS_SUM: gl.constexpr, REGISTERS_FETCH: gl.constexpr,
 ):  # fmt: skip
@@ -294,7 +294,7 @@ def launch_scores(
     K, wide = indices.shape[3], p.shape[2]
     blocks = wide // KEYS.value
     tasks = n * (H // HEADS.value) * blocks
-    scores[(min(tasks, processors(q.device)),)](
+    scores_128[(min(tasks, processors(q.device)),)](
         rows[0], k, rows[1], full, shift, indices, ends, p, ds, first, tasks, blocks, scale * LOG2E.value, T, K, wide, *k.stride()[:2], H, D,
         *REGISTERS_SCORES, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -306,6 +306,6 @@ def launch_of_keys(q: Tensor, indices: Tensor, ends: Tensor, dk: Tensor, rows: l
     K = indices.shape[3]
     blocks = triton.cdiv(K, KEYS.value)
     tasks = n * (H // HEADS.value) * blocks
-    of_keys[(min(tasks, processors(q.device)),)](
+    of_keys_128[(min(tasks, processors(q.device)),)](
         *rows, indices, ends, dk, first, tasks, blocks, T, dk.shape[1], K, H, D, *REGISTERS_KEYS, num_warps=4, enable_fp_fusion=True
     )
