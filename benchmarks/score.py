@@ -493,8 +493,9 @@ def main() -> None:
     results = [(path, result) for path, result in results if "quick" in result]  # other programs write results too
     before = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     entries = {entry["id"]: entry for entry in before}
+    of_an_h100_last = sorted(results, key=lambda found: "H100" in found[1]["device"])  # Hopper's goals are an H100's, whatever an H200 reaches
     for target in TARGETS:
-        entry = score(target, results)
+        entry = score(target, of_an_h100_last if target in HOPPER else results)
         if entry is None:
             entries.setdefault(target.id, unmeasured(target))
         else:
