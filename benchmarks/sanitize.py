@@ -183,10 +183,9 @@ def ranked() -> None:
         with mock.patch.multiple(selecting, CAPACITY=64, ROOM=0, FEW=few):
             selecting.top_k(rows, start, end, K)
             selecting.top_k(torch.full_like(rows, torch.nan), start, end, K)  # flagged, so done again
-        with mock.patch.multiple(selecting, PROGRAMS=2, FEW=few):  # a program a row
-            for keys in (900, 9_000):
-                scores = draw(3, keys).mul(4).round()
-                selecting.top_k(scores, *(x[0] for x in interval(1, 3, keys).values()), 20)
+        with mock.patch.multiple(selecting, PROGRAMS=2, FEW=few):  # a program a row, and turns in the memory for candidates
+            for n, keys in ((3, 900), (40 if GPU else 9, 9_000)):
+                selecting.top_k(draw(n, keys).mul(4).round(), *(x[0] for x in interval(1, n, keys).values()), 20, 1)
 
 
 def attended(shape: tuple[int, int, int], T: int, S: int, K: int, *, alike: bool, mla: bool = False) -> None:

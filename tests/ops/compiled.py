@@ -105,7 +105,9 @@ def compiling(capability: int) -> Iterator[list[Compiled]]:
             constants = {self.arg_names[place[0]]: value for place, value in kernel.src.constants.items()}
             metadata = kernel.metadata
             usage = _usage(report.getvalue())
-            found.append(Compiled(metadata.name, constants, *usage, metadata.shared, metadata.num_warps, kernel.asm["ptx"], kernel.asm["llir"]))
+            own = sum(map(int, re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", kernel.asm["ptx"])))  # what Triton doesn't know of
+            shared = metadata.shared + own
+            found.append(Compiled(metadata.name, constants, *usage, shared, metadata.num_warps, kernel.asm["ptx"], kernel.asm["llir"]))
         return kernel
 
     JITFunction.run = run

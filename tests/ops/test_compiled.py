@@ -73,8 +73,9 @@ def test_compiled_kernels(capability: int, operators: tuple[str, ...], tmp_path:
         wants = None if re.search(f"{WITHOUT_PRODUCTS}|{FLOAT32}", name) else "wgmma" if capability == 90 and not re.search(FEW_ROWS, name) else "mma"
         if wants and wants not in (row["matrix_unit"] or ""):
             problems.append(f"{name}: instructions of the matrix units are {row['matrix_unit']}, not {wants}")
-        if row["shared"] > SHARED[capability] << 10:
-            problems.append(f"{name}: takes {row['shared']} bytes of shared memory, there are {SHARED[capability] << 10}")
+        there = 48 if row["kernel"] == "unite" else SHARED[capability]  # KB; memory of its own is not asked for at a launch
+        if row["shared"] > there << 10:
+            problems.append(f"{name}: takes {row['shared']} bytes of shared memory, there are {there << 10}")
         allowed = max((most for pattern, most, _ in SPILLS if re.search(pattern, name)), default=0)
         if row["spilled"] > allowed:
             problems.append(f"{name}: spills {row['spilled']} bytes with {row['registers']} registers, {allowed} are allowed")

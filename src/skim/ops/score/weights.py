@@ -1,4 +1,4 @@
-"""The factors of a score, the same for every implementation."""
+"""The factors of a score; hopper.py multiplies the same in its kernel."""
 
 from typing import Optional
 
