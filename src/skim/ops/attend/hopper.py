@@ -2,7 +2,7 @@
 
 A task is 64 rows: 64 heads of one query, or all heads of as many neighbouring queries as fit. They read the query's selection,
 the union of the neighbours' (see union.py), a bit a query and key saying who reads it, or the interval of keys that they see;
-or, where there are few queries, a part of that (see splits.py). A program, one a processor, serves task after task. It walks
+or, where there are few queries, a part of that (see walks.py). A program, one a processor, serves task after task. It walks
 the keys of each in blocks of 64, two of them in shared memory, with three groups of four warps:
 
 - `_scores` multiplies the queries with a block, makes the probabilities, and takes the left half of the output;
@@ -29,9 +29,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from skim.ops.attend import packed
-from skim.ops.attend.latent_backward import last_reads
-from skim.ops.attend.splits import best_splits, merge, parts_of
 from skim.ops.attend.union import tiles_of, unions
+from skim.ops.attend.walks import best_splits, ends_of, merge, parts_of
 from skim.ops.codec import LATENT_BLOCK
 from skim.ops.dispatch import processors
 from skim.ops.gluon import COPY, LINES, LOG2E, TILES, copy, lse_and_factor
@@ -528,10 +527,7 @@ def attend(
     indices, (B, T) = indices.to(torch.int32).contiguous(), q.shape[:2]
     plan = _plan(q, K, workspace_mb)
     if plan.TILE == 1:
-        ends = None
-        if ROUNDS * processors(q.device) <= B * T:
-            ends = torch.empty(B * T, dtype=torch.int32, device=q.device)
-            last_reads[(B * T,)](indices, ends, K, num_warps=4, enable_fp_fusion=True)
+        ends = ends_of(indices) if ROUNDS * processors(q.device) <= B * T else None
         _launch(q, k, sink, out, lse, scale, plan, B * T, 0, False, indices, indices, ends)
         return out, lse
     for part, keys, bits, counts in unions(indices, k.shape[1], plan.TILE, min(workspace_mb, UNION_MB)):

@@ -23,12 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from skim.ops.attend.kernels import LOG2E, _dot
+from skim.ops.attend.walks import ends_of
 from skim.ops.dispatch import capability, gluon, processors
 from skim.ops.workspace import chunks
 
 VALUES, ROPE = 512, 64  # channels of the latent, which are the values too; those that may follow
 HEADS = 64  # rows of a warp group's product
-INDICES = tl.constexpr(1024)  # that a program reads at a time
 
 
 class _Plan(NamedTuple):
@@ -51,18 +51,6 @@ PLANS = {  # of heads in a block
         {"BLOCK_K": 128, "CHANNELS": 64, "num_warps": 8},
     ),
 }
-
-
-@triton.jit
-def last_reads(READS, ENDS, width):
-    """How many slots of a query's selection there are up to its last key."""
-    row = tl.program_id(0).to(tl.int64)
-    end = tl.zeros([INDICES], tl.int32)
-    for at in range(0, width, INDICES):
-        slot = at + tl.arange(0, INDICES)
-        key = tl.load(READS + row * width + slot, mask=slot < width, other=-1)
-        end = tl.where(key >= 0, slot + 1, end)
-    tl.store(ENDS + row, tl.max(end, 0))
 
 
 @triton.jit
@@ -206,8 +194,7 @@ def gradients(
     parts, plan = H // block_h, PLANS[block_h]
     rows, blocks = B * T, triton.cdiv(K, plan.scores["BLOCK_K"])
     wide = blocks * plan.scores["BLOCK_K"]
-    ends = torch.empty(rows, dtype=torch.int32, device=q.device)
-    last_reads[(rows,)](indices, ends, K, num_warps=4, enable_fp_fusion=True)
+    ends = ends_of(indices)
     slices = _chunks(rows, 2 * H * wide * q.element_size(), workspace_mb, processors(q.device))
     p, ds = q.new_empty(2, slices[0].stop, H, wide)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -12,8 +12,8 @@ from torch import Tensor
 from skim.ops import codec
 from skim.ops.attend import latent_backward, packed
 from skim.ops.attend.kernels import DENSE, LOG2E, ROWS, UNION, backward, backward_keys, forward, forward_dense, prepare
-from skim.ops.attend.splits import MOST, merge, parts_of
 from skim.ops.attend.union import tiles_of, unions
+from skim.ops.attend.walks import MOST, merge, parts_of
 from skim.ops.dispatch import capability, gluon, processors, shared_memory
 
 UNION_MB = 256  # more makes nothing faster: a chunk fills the card

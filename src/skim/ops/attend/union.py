@@ -58,21 +58,13 @@ def clear(memory, at):
 
 
 @triton.jit
-def word_of(memory, at):
-    """The words of 32 bits at the bytes `at`."""
+def word_of(memory, at, TYPE: tl.constexpr):
+    """The words of PTX's TYPE, of 32 or 16 bits, at the bytes `at`."""
     if INTERPRETED:
         return tl.load(behind(memory, at))
     else:
-        return tl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [behind(memory, at)], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def half_of(memory, at):
-    """The words of 16 bits at the bytes `at`."""
-    if INTERPRETED:
-        return tl.load(behind(memory, at))
-    else:
-        return tl.inline_asm_elementwise("ld.shared.u16 $0, [$1];", "=r,r", [behind(memory, at)], dtype=tl.int32, is_pure=False, pack=1)
+        asm: tl.constexpr = "ld.shared." + TYPE + " $0, [$1];"
+        return tl.inline_asm_elementwise(asm, "=r,r", [behind(memory, at)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -147,16 +139,16 @@ def unite(
         end = tl.max(last, 0) + 1
         tl.debug_barrier()
         for begin in range(0, tl.minimum(end - low, RANGE), STEP):
-            chosen = word_of(read, begin // 8 + 4 * thread)
+            chosen = word_of(read, begin // 8 + 4 * thread, "b32")
             number = ones_in(chosen)
             list_bits(listed, 2 * (tl.cumsum(number, 0) - number), chosen, 32 * thread)
             total = tl.sum(number, 0)
             tl.debug_barrier()
             for at in range(0, total, COPIED):
                 slot = at + tl.arange(0, COPIED)
-                key = begin + (half_of(listed, 2 * slot) & (STEP - 1))  # behind the last there may be anything
+                key = begin + (word_of(listed, 2 * slot, "u16") & (STEP - 1))  # behind the last there may be anything
                 bit = key * TILE
-                bits = word_of(marks, (bit >> 5) * 4) >> (bit & 31)
+                bits = word_of(marks, (bit >> 5) * 4, "b32") >> (bit & 31)
                 if TILE < 32:
                     bits &= (1 << TILE) - 1
                 more = (slot < total) & (count + slot < capacity)

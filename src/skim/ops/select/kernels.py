@@ -522,6 +522,14 @@ def open_row(START, END, SIZES, INDICES, CHOSEN, row, S, budget, WITH_SCORES: tl
     return start, end, size, wanted
 
 
+@triton.jit
+def keep_all(INDICES, start, size):
+    """The selection of a row that keeps all that it sees, `size` keys from `start` on."""
+    for origin in range(0, size, 1024):
+        slot = origin + tl.arange(0, 1024)
+        tl.store(INDICES + slot, start + slot, mask=slot < size)
+
+
 @triton.jit(do_not_specialize=["row0"])
 def choose_kernel(
     ENTRIES, COUNTS, MAXIMA, SUMS, START, END, INDICES, SIZES, CHOSEN, LSE, FLAGS, row0, S, budget, keep_first, keep_recent, splits, segment,
@@ -545,9 +553,7 @@ def choose_kernel(
             sums += tl.load(SUMS + row * splits + j) * tl.exp(tl.where(maximum == float("-inf"), base, own) - base)
         tl.store(LSE + out, base + tl.log(sums))
     if (size <= budget) & (not WITH_SCORES):
-        for origin in range(0, size, 1024):
-            slot = origin + tl.arange(0, 1024)
-            tl.store(INDICES + slot, start + slot, mask=slot < size)
+        keep_all(INDICES, start, size)
     elif size > 0:
         total, slots = 0, 0
         for j in range(splits):

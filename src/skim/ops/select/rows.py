@@ -19,6 +19,7 @@ from skim.ops.select.kernels import (
     greatest,
     in_order,
     interval_of,
+    keep_all,
     keep_best,
     next_score,
     of_pairs,
@@ -149,9 +150,7 @@ def top_k_kernel(
     start, end, size, wanted = open_row(START, END, SIZES, INDICES, INDICES, row, S, budget, False)
     span = end - start // 16 * 16
     if size <= budget:
-        for origin in range(0, size, 1024):
-            slot = origin + tl.arange(0, 1024)
-            tl.store(INDICES + slot, start + slot, mask=slot < size)
+        keep_all(INDICES, start, size)
     elif span <= BC:
         if SAMPLED and span <= BC // 2:
             choose_of_row(SCORES, INDICES, start, end, wanted, BC // 2, W)
@@ -341,9 +340,7 @@ def choose_parts_kernel(
         maximum, total = maximum_and_sum(maxima, tl.load(SUMS + row * parts + part, mask=part < parts, other=0.0))
         tl.store(LSE + row, finite(maximum) + tl.log(total))
     if (size <= budget) & (not WITH_SCORES):
-        for origin in range(0, size, 1024):
-            slot = origin + tl.arange(0, 1024)
-            tl.store(INDICES + slot, start + slot, mask=slot < size)
+        keep_all(INDICES, start, size)
     elif size > 0:
         slots = 4 * tl.sum(tl.cdiv(counts, 4))
         if (tl.sum(counts) < wanted) | (slots > BC):

@@ -1,4 +1,4 @@
-"""Walks over keys that are split, where there are too few of them to fill the card, and the merging of what their parts give."""
+"""Walks over keys: where they end with their selections, and, where they are too few to fill the card, splitting them and merging the parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,27 @@ from torch import Tensor
 from skim.ops.attend.kernels import LOG2E
 
 MOST = 64  # parts of a walk
+INDICES = tl.constexpr(1024)  # that a program of `last_reads` reads at a time
 ENDS = 3  # what a part costs before its first and after its last block, in blocks
+
+
+@triton.jit
+def last_reads(READS, ENDS, width):
+    """How many slots of a query's selection there are up to its last key."""
+    row = tl.program_id(0).to(tl.int64)
+    end = tl.zeros([INDICES], tl.int32)
+    for at in range(0, width, INDICES):
+        slot = at + tl.arange(0, INDICES)
+        key = tl.load(READS + row * width + slot, mask=slot < width, other=-1)
+        end = tl.where(key >= 0, slot + 1, end)
+    tl.store(ENDS + row, tl.max(end, 0))
+
+
+def ends_of(indices: Tensor) -> Tensor:
+    """int32 `[rows]`: how many slots of each selection, contiguous int32 `[..., K]`, there are up to its last key."""
+    ends = indices.new_empty(indices.shape[:-1].numel())
+    last_reads[(ends.numel(),)](indices, ends, indices.shape[-1], num_warps=4, enable_fp_fusion=True)
+    return ends
 
 
 @triton.jit
