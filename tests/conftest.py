@@ -11,7 +11,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import sys  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from importlib import import_module  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -33,6 +37,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def same_sums_in_every_block() -> Iterator[None]:
+    """Interpreted products are NumPy's, whose library sums in an order that depends on the block and the processor: round them from float64."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or not find_spec("triton"):
+        yield
+        return
+    builder = import_module("triton.runtime.interpreter").InterpreterBuilder
+    product, float64 = builder.create_dot, import_module("triton.language").float64
+
+    def rounded_once(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        found = product(self, a, b, type(d)(d.data.astype("float64"), float64), *options)
+        return type(d)(found.data.astype(d.data.dtype), d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_dot", rounded_once)
+        yield
 
 
 @pytest.fixture(autouse=True)
