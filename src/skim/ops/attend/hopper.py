@@ -42,8 +42,10 @@ SHARED = gl.constexpr(LATENT_BLOCK)  # channels of a packed latent with one scal
 SCALES = gl.constexpr(packed.SCALES)  # of a packed latent, in the words behind its codes; its rotated channels follow
 HEADS = 16  # fewer are padded to as many rows
 REGISTERS = 168, 80  # a thread of `_right_half` and of `_gather`; `_scores` takes what is left
-REGISTERS_PACKED = 160, 72  # of `_right_half` and of `_unpack`
-ROUNDS = 4  # of queries on all processors: with fewer, looking where their selections end takes longer than walking to the end of all slots
+FEWER_REGISTERS = 160, 72  # where `_scores` holds queries, and of `_right_half` and of `_unpack`
+HELD = 128  # channels of the queries in registers, beside the rotated ones, where tasks share keys: products wait for shared memory there
+ROUNDS = 4  # on all processors: of fewer queries, looking where selections end takes longer than walking to the end of all slots;
+#             of fewer tasks, loading queries into registers takes longer than it saves
 UNION_MB = 256  # more makes nothing faster: a chunk fills the card
 PARTS_MB = 64  # of split walks; more would take longer to merge than splitting saves
 
@@ -341,9 +343,10 @@ def _scores(
     OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, left, right, rope, p, readers, rescale, factors,
     queries, ready, free, p_ready, done,
     H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
-    HAS_SINK: gl.constexpr, DENSE: gl.constexpr, sums: gl.constexpr,
+    HAS_SINK: gl.constexpr, DENSE: gl.constexpr, HELD: gl.constexpr, sums: gl.constexpr,
 ):  # fmt: skip
-    """Scores, probabilities, lse and the left half of the output."""
+    """Scores, probabilities, lse and the left half of the output. HELD channels of the queries, and the rotated ones, stay in registers."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     of_scores: gl.constexpr = gl.SliceLayout(1, SCORES)
     of_sums: gl.constexpr = gl.SliceLayout(1, sums)
     block, phase = 0, 0
@@ -360,15 +363,20 @@ def _scores(
         total = gl.zeros([ROWS], gl.float32, of_scores)
         acc = gl.zeros([ROWS, HALF], gl.float32, sums)
         mbarrier.wait(queries, phase)
+        if HELD > 0:
+            held, held_rope = q.slice(0, HELD, dim=1).load(operand), q_rope.load(operand)
         for _ in range(begin, end, KEYS):
             stage = block % STAGES
             mbarrier.wait(ready.index(stage), block // STAGES & 1)
             fence_async_shared()
             s = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
-            s = warpgroup_mma(q.slice(0, HALF, dim=1), left.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+            keys = left.index(stage).permute((1, 0))
+            if HELD > 0:
+                s = warpgroup_mma(held, keys.slice(0, HELD, dim=0), s, use_acc=False, is_async=True)
+            s = warpgroup_mma(q.slice(HELD, HALF - HELD, dim=1), keys.slice(HELD, HALF - HELD, dim=0), s, use_acc=HELD > 0, is_async=True)
             s = warpgroup_mma(q.slice(HALF, HALF, dim=1), right.index(stage).permute((1, 0)), s, is_async=True)
             if DR > 0:
-                s = warpgroup_mma(q_rope, rope.index(stage).permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma(held_rope if HELD > 0 else q_rope, rope.index(stage).permute((1, 0)), s, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             who = gl.expand_dims(readers.index(stage).load(gl.SliceLayout(0, SCORES)), 0)
             if DENSE:
@@ -459,7 +467,7 @@ def _store_half(OUT, acc, factor, first_query, first_head, T, H: gl.constexpr, B
 def forward(
     Q, K, OUT, LSE, SINK, READS, BITS, COUNTS, first, tasks, scale, B, T, S, width, q_b, q_t, q_h, k_b, k_s,
     H: gl.constexpr, DR: gl.constexpr, TILE: gl.constexpr, BLOCK_H: gl.constexpr, BLOCKS: gl.constexpr, SPLITS: gl.constexpr,
-    HAS_SINK: gl.constexpr, DENSE: gl.constexpr, PACKED: gl.constexpr,
+    HAS_SINK: gl.constexpr, DENSE: gl.constexpr, PACKED: gl.constexpr, HELD: gl.constexpr,
     REGISTERS_RIGHT: gl.constexpr, REGISTERS_GATHER: gl.constexpr,
 ):  # fmt: skip
     """out and lse: program n serves the tasks n, n + programs, ...
@@ -501,7 +509,7 @@ def forward(
         [
             (_scores, (
                 OUT, LSE, SINK, READS, COUNTS, first, tasks, width, B, T, S, scale, q, q_rope, left, right, rope, p, readers, rescale, factors,
-                queries, ready, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, HAS_SINK, DENSE, sums,
+                queries, ready, free, p_ready, done, H, DR, TILE, BLOCK_H, BLOCKS, SPLITS, HAS_SINK, DENSE, HELD, sums,
             )),
             (_right_half, (
                 Q, q_b, q_t, q_h, OUT, READS, COUNTS, first, tasks, width, B, T, S, q, q_rope, right, p, rescale, factors,
@@ -569,10 +577,13 @@ def _launch(
     tasks = tiles * plan.BLOCKS * plan.SPLITS
     into, into_lse = parts_of(plan.SPLITS, out, lse)
     last = None if sink is None or plan.SPLITS > 1 else sink.contiguous()
-    forward[(min(tasks, processors(q.device)),)](
+    programs = processors(q.device)
+    held = HELD if plan.BLOCKS > 1 and ROUNDS * programs <= tasks and VALUES.value < D and not (packs or dense) else 0
+    registers = FEWER_REGISTERS if packs or held else REGISTERS
+    forward[(min(tasks, programs),)](
         q, k, into, into_lse, last, reads, bits, counts, first, tasks, scale * LOG2E.value, B, T, S, reads.shape[-1],
-        *_strides(q, 3), *k_strides, H, D - VALUES.value, *plan, last is not None, dense, packs,
-        *(REGISTERS_PACKED if packs else REGISTERS), num_warps=4, enable_fp_fusion=True,
+        *_strides(q, 3), *k_strides, H, D - VALUES.value, *plan, last is not None, dense, packs, held,
+        *registers, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     if plan.SPLITS > 1:
         merge(into, into_lse, out, lse, sink)
