@@ -44,8 +44,9 @@ HEADS = 16  # fewer are padded to as many rows
 REGISTERS = 168, 80  # a thread of `_right_half` and of `_gather`; `_scores` takes what is left
 FEWER_REGISTERS = 160, 72  # where `_scores` holds queries, and of `_right_half` and of `_unpack`
 HELD = 128  # channels of the queries in registers, beside the rotated ones, where tasks share keys: products wait for shared memory there
-ROUNDS = 4  # on all processors: of fewer queries, looking where selections end takes longer than walking to the end of all slots;
-#             of fewer tasks, loading queries into registers takes longer than it saves
+# On all processors. With fewer of queries, looking where their selections end takes longer than walking to the end of all slots; with fewer of
+# tasks, loading queries into registers takes longer than it saves.
+ROUNDS = 4
 UNION_MB = 256  # more makes nothing faster: a chunk fills the card
 PARTS_MB = 64  # of split walks; more would take longer to merge than splitting saves
 
