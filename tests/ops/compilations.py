@@ -1,7 +1,8 @@
 """Compiles every kernel for a GPU that is not here, as the operators would launch it, and prints what came out as JSON.
 
     python tests/ops/compilations.py CAPABILITY OPERATOR...
-        (attend, latent, latent_backward, hopper, hopper_union, hopper_backward, hopper_score, score, select, align, align_float32, codec)
+        (attend, latent, latent_backward, hopper, hopper_union, hopper_backward, hopper_score, hopper_select, score, select, align,
+        align_float32, codec)
 
 Kernels must not be interpreted here, so this is a program of its own: TRITON_INTERPRET may not be set.
 """
@@ -130,6 +131,21 @@ def hopper_score(capability: int) -> Iterator[Call]:
         scales = empty(1, T, J, dtype=torch.float32), empty(1, S, dtype=torch.float32)
         call = partial(kernels.index_scores, q, k, empty(1, T, J), *scales, zeros(1, T), zeros(1, T), 64)
         yield f"{J}x{E} index_scores", mock.patch.object(kernels, "processors", lambda device: 132)(call)
+
+
+def hopper_select(capability: int) -> Iterator[Call]:
+    """Candidates of FP8 index scores in Gluon: of rows that are sampled and of others, with keys that are kept, with scores."""
+    kernels = import_module("skim.ops.select.hopper_candidates")
+    T, S, budget = 264, 16384, 2048
+    most = (64, 128)
+    for (J, E), sampled, keep, with_scores in ((most, True, 0, False), (most, True, 3, True), (most, False, 3, True), ((32, 128), True, 0, False)):
+        q, k = empty(T, J, E, dtype=torch.float8_e4m3fn), empty(S, E, dtype=torch.float8_e4m3fn)
+        weights, scales, points = empty(T, J, dtype=torch.float32), empty(S, dtype=torch.float32), empty(T, dtype=torch.float32)
+        options = budget, keep, keep, with_scores, S, 132
+        finder = kernels.Candidates(q, weights, weights, k, scales, zeros(T), zeros(T), (points,) if sampled else (), *options)
+        found = points, zeros(T), empty(1, dtype=torch.int64), zeros(1), points, points
+        name = f"{J}x{E} candidates{'' if sampled else ', all'}{', some kept, with scores' if keep else ''}"
+        yield name, partial(finder.find, slice(0, T), *found, 2192)
 
 
 def named(shape: tuple[int, int, int, int], calls: Iterable[Call]) -> Iterator[Call]:

@@ -1,8 +1,9 @@
 """The tests of the operators import their oracles and inputs by name, wherever pytest was started."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,3 +35,21 @@ def both_on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dispatch, "IMPLEMENTATIONS", ("reference",))
             yield
+
+
+@pytest.fixture
+def flagged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each launch of the selection's last kernel does again."""
+    kernels = pytest.importorskip("skim.ops.select.triton")
+    found, kernel = [], kernels.exhaustive_kernel
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **options: Any) -> None:
+                found.append(int((args[7] != 0).sum()))
+                kernel[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "exhaustive_kernel", Counted())
+    return found

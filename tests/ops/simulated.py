@@ -267,13 +267,15 @@ def _nothing(*args: Any, **options: Any) -> None:
 
 LANGUAGE = SimpleNamespace(
     **{name: getattr(torch, name) for name in ("uint8", "int32", "int64", "float32", "bfloat16", "float16")},
-    **{name: getattr(torch, name) for name in ("abs", "exp2", "log2", "permute", "where")},
+    **{name: getattr(torch, name) for name in ("abs", "exp", "exp2", "log2", "permute", "where", "zeros_like")},
     maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
     minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
     constexpr=None,
     float8e4nv=torch.float8_e4m3fn,
+    uint32=torch.int32,  # of which torch has next to nothing; here for bits that are no negative number
     cast=lambda x, dtype, bitcast=False: x.view(dtype) if bitcast else x.to(dtype),
     join=lambda a, b: torch.stack((a, b), -1),
+    split=lambda x: x.unbind(-1),
     reshape=lambda x, shape: x.reshape(shape),
     BlockedLayout=_nothing,
     SliceLayout=_nothing,
@@ -337,16 +339,29 @@ class Simulated:
     """A kernel to be launched as `kernel[grid](...)` over tensors of the CPU."""
 
     def __init__(self, kernel: JITFunction) -> None:
-        self.globals: dict[str, Any] = {"__builtins__": __builtins__}
-        for name, value in kernel.fn.__globals__.items():
-            if isinstance(value, JITFunction):
-                self.globals[name] = _python(value, self.globals)
-            elif isinstance(value, gl.constexpr):
-                self.globals[name] = value.value
-            elif isinstance(value, ConstexprFunction):  # layouts
-                self.globals[name] = _nothing
-        self.globals |= NAMES
+        self.modules: dict[str, dict[str, Any]] = {}
+        self.globals = self._globals(kernel.fn.__globals__)
         self.kernel = _python(kernel, self.globals)
+
+    def _globals(self, module: dict[str, Any]) -> dict[str, Any]:
+        """What the functions of a module see, of this kernel's modules."""
+        if module["__name__"] not in self.modules:
+            seen = self.modules[module["__name__"]] = {"__builtins__": __builtins__}
+            for name, value in module.items():
+                if isinstance(value, JITFunction):
+                    seen[name] = _python(value, self._globals(value.fn.__globals__))
+                elif isinstance(value, gl.constexpr):
+                    seen[name] = value.value
+                elif isinstance(value, ConstexprFunction):  # layouts
+                    seen[name] = _nothing
+            seen |= NAMES
+        return self.modules[module["__name__"]]
+
+    def replace(self, name: str, value: Any) -> None:
+        """Another value of a name, wherever its functions see it."""
+        for seen in self.modules.values():
+            if name in seen:
+                seen[name] = value
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:

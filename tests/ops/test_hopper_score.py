@@ -26,15 +26,19 @@ DEVICE = "cuda" if REAL else "cpu"
 SPILLED = {"64": 464, "32": 320, "17": 48, "8": 256}
 
 
+def simulated(kernel: Any) -> Simulated:
+    """A kernel to be run on the CPU, which says in PTX nothing but copies."""
+    python = Simulated(kernel)
+    python.replace("gl", SimpleNamespace(**{**vars(LANGUAGE), "inline_asm_elementwise": lambda asm, constraints, args, **options: args[0]}))
+    return python
+
+
 @pytest.fixture(autouse=True)
 def simulated_without_a_card(monkeypatch: pytest.MonkeyPatch):
     if not REAL:
         dispatch._module.cache_clear()
         monkeypatch.setattr(dispatch, "_without_hopper", lambda device_type, index: None)
-        forward = Simulated(kernels.forward)
-        # What it says in PTX are copies.
-        forward.globals["gl"] = SimpleNamespace(**{**vars(LANGUAGE), "inline_asm_elementwise": lambda asm, constraints, args, **options: args[0]})
-        monkeypatch.setattr(kernels, "forward", forward)
+        monkeypatch.setattr(kernels, "forward", simulated(kernels.forward))
     yield
     dispatch._module.cache_clear()
 
@@ -93,11 +97,11 @@ def test_the_same_bits_for_any_chunk_batch_and_split(processors: int, monkeypatc
 @pytest.mark.parametrize(("T", "S", "limit"), [(4096, 8192, 1.07), (4096, 32768, 1.05), (8192, 8192, 1.07), (128, 32768, 1.1), (560, 8192, 1.25)])
 def test_no_processor_has_much_more_work_than_another(T: int, S: int, limit: float) -> None:
     here.program, here.programs = list(range(132)), 132
-    queries = kernels._queries(64)
+    queries = kernels.queries_of(64)
     tiles = T // queries
     chunk = kernels._chunk(S, tiles, 132)
     turns = -(-tiles * -(-S // chunk) // 132)
-    _, t0, origin = Simulated(FORWARD).globals["_place"](torch.arange(turns)[:, None], tiles, tiles, chunk, queries)
+    _, t0, origin = Simulated(FORWARD).globals["task_of"](torch.arange(turns)[:, None], tiles, tiles, chunk, queries)
     work = ((S - T + t0 + queries).clamp(max=origin + chunk) - origin).clamp(min=0).sum(0)
     assert work.sum() == sum(range(S - T + queries, S + 1, queries))
     assert work.max() <= limit * work.float().mean()

@@ -55,24 +55,6 @@ def sampled(monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 4)
 
 
-@pytest.fixture
-def flagged(monkeypatch):
-    """How many rows each launch of the last kernel did again."""
-    found = []
-    kernel = kernels.exhaustive_kernel
-
-    class Counted:
-        def __getitem__(self, grid):
-            def launch(*args, **options):
-                found.append(int((args[7] != 0).sum()))
-                return kernel[grid](*args, **options)
-
-            return launch
-
-    monkeypatch.setattr(kernels, "exhaustive_kernel", Counted())
-    return found
-
-
 @pytest.mark.parametrize("keep", [(0, 0), (2, 3)])
 @pytest.mark.parametrize("shape", [(2, 5, 70, 4, 16), (1, 3, 300, 4, 4), (1, 6, 40, 16, 4)])
 def test_any_interval(shape, keep):
@@ -226,7 +208,7 @@ def test_a_row_with_too_many_candidates_is_done_again(sampled, flagged, with_sco
 
 def sampled_positions(S: int) -> Tensor:
     """The keys that a row of S is sampled at when there are 64 strata."""
-    strata, stride, _ = kernels.sampling(1, S, 1)
+    strata, stride, _, _ = kernels.sampling(1, S, 1)
     stratum = torch.arange(strata, dtype=torch.int64)
     x = stratum * 0x9E3779B1 & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x85EBCA77 & 0xFFFFFFFF
@@ -272,13 +254,6 @@ def test_top_k_of_scores_that_are_there(monkeypatch, S, budget):
         assert indices[row].tolist() == sorted((S - 1 - order[row, :count]).tolist()) + [-1] * (budget - count)
 
 
-def ranks(scores: Tensor) -> Tensor:
-    """int32 in the order of scores: infinite ones as the largest finite."""
-    largest = torch.finfo(torch.float32).max
-    bits = (scores.clamp(-largest, largest) + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
 @pytest.mark.parametrize("wanted_of_all", [8, 128, 700])
 @pytest.mark.parametrize("shape", ["normal", "exponential", "uniform", "heavy", "narrow", "tiny", "huge", "two humps", "infinite", "ties", "equal"])
 def test_a_sample_has_a_threshold_that_as_many_reach_as_are_wanted(shape, wanted_of_all):
@@ -290,8 +265,8 @@ def test_a_sample_has_a_threshold_that_as_many_reach_as_are_wanted(shape, wanted
     }[shape]  # fmt: skip
     start, end = torch.zeros(1, dtype=torch.int32), torch.full((1,), n, dtype=torch.int32)
     point, position = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
-    inputs = moved_to(KERNELS, (ranks(scores), start, end, point, position))
-    kernels.threshold_kernel[(1,)](*inputs, 0, n, wanted_of_all, 0, 1, BM=n)
+    inputs = moved_to(KERNELS, (scores, start, end, point, position))
+    kernels.threshold_kernel[(1,)](*inputs, 0, n, wanted_of_all, 0, 0, 0, 1, BM=n, KEEP=False)
     point, position = moved_to("cpu", inputs[3:])
     scores = scores.clamp(max=torch.finfo(torch.float32).max)
     reached = int(((scores > point) | (scores == point) & (torch.arange(n) >= position)).sum())
@@ -434,8 +409,8 @@ def test_what_it_cannot_run_it_refuses_by_name():
 @pytest.mark.parametrize("budget", [1, 7, 64, 2048, 8192])
 @pytest.mark.parametrize("S", [1000, 33_000, 131_072, 1 << 20])
 def test_a_sample_leaves_room(budget, S):
-    strata, stride, capacity = kernels.sampling(min(budget, S), S, 128)
-    assert capacity <= 16384 and capacity >= min(budget, S)
+    strata, stride, few, capacity = kernels.sampling(min(budget, S), S, 128)
+    assert capacity <= 16384 and capacity >= max(few, min(budget, S))
     assert strata * stride >= S if strata else capacity >= S
 
 

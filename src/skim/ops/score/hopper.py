@@ -46,20 +46,20 @@ def _dots(width):
 
 
 @gluon.constexpr_function
-def _result(BQ):
+def scores_layout(BQ):
     """Layout of `[ROWS, BQ]`: what sums of heads are left in, rows in the order of their keys."""
     queries = [[0, 4 << i] for i in range((BQ // 4).bit_length() - 1)]
     return gl.DistributedLinearLayout([[1, 0], *queries], [[0, 1], [0, 2], [2, 0], [4, 0], [8, 0]], [[16, 0], [32, 0]], [], [64, BQ])
 
 
 @gluon.constexpr_function
-def _tile(BE):
+def tile_layout(BE):
     """Layout of rows of BE bytes in shared memory, for products."""
     return gl.NVMMASharedLayout(BE, 8, 2)
 
 
 @gluon.constexpr_function
-def _row_copy(BE):
+def row_copy(BE):
     """Who copies rows of BE bytes: 16 bytes a thread."""
     return gl.BlockedLayout([1, 16], [512 // BE, BE // 16], [4, 1], [1, 0])
 
@@ -87,7 +87,7 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
     return None
 
 
-def _queries(J: int) -> int:
+def queries_of(J: int) -> int:
     """Neighbouring queries that with all their heads fill the columns: 128 with few heads, whose queries take registers of their own."""
     heads = triton.next_power_of_2(J)
     return (256 if heads == HEADS else 128) // heads
@@ -102,7 +102,7 @@ def _chunk(S: int, tiles: int, programs: int) -> int:
 
 
 @gluon.jit
-def _place(turn, tiles, row_tiles, chunk, BQ: gl.constexpr):
+def task_of(turn, tiles, row_tiles, chunk, BQ: gl.constexpr):
     """Row of the batch, first query and first key of this program's task.
 
     Tasks of one chunk follow each other: they find their keys in L2. The last queries, which see most, come first, and programs
@@ -155,11 +155,11 @@ def _fill(OUT, begin, stop, t0, T, S, BQ: gl.constexpr):
 
 
 @gluon.jit
-def _load_queries(
+def load_queries(
     Q, W, Q_SCALE, START, END, t0, T, q, w, q_scales, starts, ends, J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr
 ):  # fmt: skip
     """Copy queries, their weights, scales and intervals; zeros where there is no such query or head. Pointers are of one row of the batch."""
-    layout: gl.constexpr = _row_copy(BE)
+    layout: gl.constexpr = row_copy(BE)
     query, head = _column(gl.arange(0, BQ * BJ, gl.SliceLayout(1, layout)), BQ, BJ)
     source = t0.to(gl.int64) * (J * BE) + (query * J + head) * BE
     channel = gl.expand_dims(gl.arange(0, BE, gl.SliceLayout(0, layout)), 0)
@@ -180,20 +180,20 @@ def _load(
     J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr,
 ):  # fmt: skip
     """Copy queries and keys."""
-    layout: gl.constexpr = _row_copy(BE)
+    layout: gl.constexpr = row_copy(BE)
     row, channel = _key(gl.arange(0, KEYS, gl.SliceLayout(1, layout))), gl.expand_dims(gl.arange(0, BE, gl.SliceLayout(0, layout)), 0)
     line = gl.arange(0, KEYS, LINE)
     block = 0
     for turn in range(turns):
-        b, t0, origin = _place(turn, tiles, row_tiles, chunk, BQ)
+        b, t0, origin = task_of(turn, tiles, row_tiles, chunk, BQ)
         buffer = turn % 2
         mbarrier.wait(answered.index(buffer), (turn // 2 & 1) ^ 1)
-        _load_queries(
+        load_queries(
             Q + b * T * (J * BE), W + b * T * J, Q_SCALE + b * T * J, START + b * T, END + b * T, t0, T,
             q.index(buffer), w.index(buffer), q_scales.index(buffer), starts.index(buffer), ends.index(buffer), J, BQ, BJ, BE,
         )  # fmt: skip
         async_copy.mbarrier_arrive(asked.index(buffer), increment_count=False)  # each thread, when its copies are there
-        t = t0 + gl.arange(0, BQ, gl.SliceLayout(0, _result(BQ)))
+        t = t0 + gl.arange(0, BQ, gl.SliceLayout(0, scores_layout(BQ)))
         start = gl.maximum(gl.load(START + b * T + t, mask=t < T, other=0), 0)
         end = gl.minimum(gl.load(END + b * T + t, mask=t < T, other=0), S)
         begin, stop, first, last = _walk(start, end, origin, chunk, S)
@@ -232,11 +232,52 @@ def _sum_heads(dots, w, BQ: gl.constexpr, BJ: gl.constexpr):
 
 
 @gluon.jit
+def weights_of(w, scales, J: gl.constexpr, BE: gl.constexpr, WIDTH: gl.constexpr):
+    """What `ReLU(q . k)` of each column is multiplied with, in two halves; twice ReLU is what `_sum_heads` sums."""
+    FACTOR: gl.constexpr = 0.5 * (J**-0.5 * BE**-0.5)
+    layout: gl.constexpr = gl.SliceLayout(0, _dots(WIDTH))
+    first = w.slice(0, WIDTH).load(layout) * scales.slice(0, WIDTH).load(layout) * FACTOR
+    return first, w.slice(WIDTH, WIDTH).load(layout) * scales.slice(WIDTH, WIDTH).load(layout) * FACTOR
+
+
+@gluon.jit
+def begin_products(k, q, WIDTH: gl.constexpr):
+    """Begin the products of the first of two times ROWS keys, for `tile_scores`."""
+    return _multiply(k, 0, q, 0, WIDTH), _multiply(k, 0, q, 1, WIDTH)
+
+
+@gluon.jit
+def tile_scores(dots, k, q, first_w, second_w, free, i: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr):
+    """Scores `[ROWS, BQ]`, without the keys' scales, of the i-th ROWS keys of two, whose products are under way as `dots`.
+
+    While one half of the heads is summed, products with the other, or of the next keys, go on. Says when keys are `free`.
+    """
+    WIDTH: gl.constexpr = BQ * BJ // 2
+    first, second = dots
+    scores = _sum_heads(warpgroup_mma_wait(1, deps=[first]), first_w, BQ, BJ)
+    if i == 0:
+        first = _multiply(k, 1, q, 0, WIDTH)
+    done = warpgroup_mma_wait(1 - i, deps=[second])
+    if i == 1:
+        mbarrier.arrive(free, count=1)
+    scores += _sum_heads(done, second_w, BQ, BJ)
+    if i == 0:
+        second = _multiply(k, 1, q, 1, WIDTH)
+    return scores, (first, second)
+
+
+@gluon.jit
+def in_key_order(scores, BQ: gl.constexpr):
+    """Scores `[ROWS, BQ]` with their keys as they follow each other."""
+    scores = gl.reshape(gl.permute(gl.reshape(scores, (4, 2, 8, BQ)), (0, 2, 1, 3)), (ROWS, BQ))
+    return gl.convert_layout(scores, scores_layout(BQ))
+
+
+@gluon.jit
 def _store(OUT, scores, scale, origin, t0, start, end, T, S, BQ: gl.constexpr):
     """Scores `[ROWS, BQ]` of the keys from `origin` on; OUT is of one row of the batch."""
-    layout: gl.constexpr = _result(BQ)
-    scores = gl.reshape(gl.permute(gl.reshape(scores, (4, 2, 8, BQ)), (0, 2, 1, 3)), (ROWS, BQ))  # keys as they follow each other
-    scores = gl.convert_layout(scores, layout) * gl.expand_dims(scale, 1)
+    layout: gl.constexpr = scores_layout(BQ)
+    scores = in_key_order(scores, BQ) * gl.expand_dims(scale, 1)
     key = gl.expand_dims(origin + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
     t = gl.expand_dims(t0 + gl.arange(0, BQ, gl.SliceLayout(0, layout)), 0)
     visible = (key >= gl.expand_dims(start, 0)) & (key < gl.expand_dims(end, 0))
@@ -250,20 +291,16 @@ def _score(
 ):  # fmt: skip
     """Scores of one half of each block of keys."""
     WIDTH: gl.constexpr = BQ * BJ // 2
-    FACTOR: gl.constexpr = 0.5 * (J**-0.5 * BE**-0.5)
-    of_columns: gl.constexpr = gl.SliceLayout(0, _dots(WIDTH))
-    of_queries: gl.constexpr = gl.SliceLayout(0, _result(BQ))
-    of_keys: gl.constexpr = gl.SliceLayout(1, _result(BQ))
+    of_queries: gl.constexpr = gl.SliceLayout(0, scores_layout(BQ))
+    of_keys: gl.constexpr = gl.SliceLayout(1, scores_layout(BQ))
     block = 0
     for turn in range(turns):
-        b, t0, origin = _place(turn, tiles, row_tiles, chunk, BQ)
+        b, t0, origin = task_of(turn, tiles, row_tiles, chunk, BQ)
         buffer = turn % 2
         mbarrier.wait(asked.index(buffer), turn // 2 & 1)
         fence_async_shared()
         queries = q.index(buffer)
-        weights, factors = w.index(buffer), q_scales.index(buffer)
-        first_w = weights.slice(0, WIDTH).load(of_columns) * factors.slice(0, WIDTH).load(of_columns) * FACTOR
-        second_w = weights.slice(WIDTH, WIDTH).load(of_columns) * factors.slice(WIDTH, WIDTH).load(of_columns) * FACTOR
+        first_w, second_w = weights_of(w.index(buffer), q_scales.index(buffer), J, BE, WIDTH)
         start, end = gl.maximum(starts.index(buffer).load(of_queries), 0), gl.minimum(ends.index(buffer).load(of_queries), S)
         begin, stop, _, _ = _walk(start, end, origin, chunk, S)
         for n in range(begin, stop):
@@ -272,19 +309,10 @@ def _score(
             fence_async_shared()
             k = keys.index(stage).slice(HALF * 2 * ROWS, 2 * ROWS)
             scale = scales.index(stage).slice(HALF * 2 * ROWS, 2 * ROWS)
-            first = _multiply(k, 0, queries, 0, WIDTH)
-            second = _multiply(k, 0, queries, 1, WIDTH)
+            dots = begin_products(k, queries, WIDTH)
             for i in gl.static_range(2):
                 factor = scale.slice(i * ROWS, ROWS).load(of_keys)
-                scores = _sum_heads(warpgroup_mma_wait(1, deps=[first]), first_w, BQ, BJ)
-                if i == 0:
-                    first = _multiply(k, 1, queries, 0, WIDTH)
-                dots = warpgroup_mma_wait(1 - i, deps=[second])
-                if i == 1:
-                    mbarrier.arrive(free.index(stage), count=1)
-                scores += _sum_heads(dots, second_w, BQ, BJ)
-                if i == 0:
-                    second = _multiply(k, 1, queries, 1, WIDTH)
+                scores, dots = tile_scores(dots, k, queries, first_w, second_w, free.index(stage), i, BQ, BJ)
                 _store(OUT + b * T * S, scores, factor, n * KEYS + (HALF * 2 + i) * ROWS, t0, start, end, T, S, BQ)
             block += 1
         mbarrier.arrive(answered.index(buffer), count=1)
@@ -296,8 +324,8 @@ def forward(
     J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, REGISTERS_SCORE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
 ):  # fmt: skip
     """Scores: every program serves `turns` tasks, some of the last behind the keys; a chunk's tasks are the `tiles` of the queries."""
-    q = gl.allocate_shared_memory(gl.float8e4nv, [2, BQ * BJ, BE], _tile(BE))
-    keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, BE], _tile(BE))
+    q = gl.allocate_shared_memory(gl.float8e4nv, [2, BQ * BJ, BE], tile_layout(BE))
+    keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, BE], tile_layout(BE))
     w = gl.allocate_shared_memory(gl.float32, [2, BQ * BJ], LINES)
     q_scales = gl.allocate_shared_memory(gl.float32, [2, BQ * BJ], LINES)
     starts = gl.allocate_shared_memory(gl.int32, [2, BQ], LINES)
@@ -348,7 +376,7 @@ def index_scores(
     scores = torch.empty(B, T, S, dtype=torch.float32, device=q.device)
     if scores.numel() == 0:
         return scores
-    BJ, BQ, programs = triton.next_power_of_2(J), _queries(J), processors(q.device)
+    BJ, BQ, programs = triton.next_power_of_2(J), queries_of(J), processors(q.device)
     row_tiles = triton.cdiv(T, BQ)
     chunk = _chunk(S, B * row_tiles, programs)
     tasks = B * row_tiles * triton.cdiv(S, chunk)

@@ -1,28 +1,29 @@
-"""Exact top-k of FP8 index scores on sm_90: scores of some queries to memory by the Gluon kernel, then the best of each row.
+"""Exact top-k of FP8 index scores on sm_90: `select` of Triton, whose candidates a Gluon kernel finds.
 
-With many heads this kernel makes scores so much faster than `select` in Triton does, between finding candidates, that writing and
-reading them costs less. So does copying keys together that lie in pages or in packed rows.
+With many heads that kernel makes scores so much faster that copying keys together costs less, where they lie in pages or in packed rows.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from skim.ops.dispatch import implementation
+from skim.ops.dispatch import processors
 from skim.ops.score import hopper as score
 from skim.ops.score.pages import in_one_piece, length
-from skim.ops.select.lse import add_exponentials, finite, maximum_and_sum
-from skim.ops.workspace import chunks
+from skim.ops.score.triton import Tile
+from skim.ops.select import triton as portable
+from skim.ops.select.hopper_candidates import KEYS, PARTS, Candidates
+from skim.ops.select.kernels import sampled_kernel
+from skim.ops.select.triton import Prepared, sampling, segment_of, select_many, selection
 
-ROWS = 264  # queries at least, and a multiple of which are a chunk: whole waves of programs
-WORK = 4096  # channels of all heads, at least: of fewer the scores' way through memory would take longer than making them
-BUDGET, KEYS = 8192, 1 << 19  # at most, for the top-k
-BLOCK = 4096  # scores that a program sums at once
+ROWS = 264  # queries, at least
+WORK = 4096  # channels of all heads, at least: of fewer Triton makes scores as fast
+CHUNKS = 16  # that the keys are parted into, at most: the best of a row are chosen from several segments of each
 
 
 def refusal(function: str, args: tuple[Any, ...]) -> str | None:
@@ -31,20 +32,27 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
         return "hopper selects by scores that it makes"
     q, k, budget, workspace_mb, block_table = args[0], args[1], args[7], args[11], args[12]
     (T, J, E), S = q.shape[1:], length(k, block_table)
-    if min(T, (_for_scores(workspace_mb) << 20) // max(1, 4 * S)) < ROWS:
-        return f"it takes {ROWS} queries at a time, at least, got {T} with {S} keys each and {workspace_mb} MiB"
+    if T < ROWS:
+        return f"it takes {ROWS} queries at a time, at least, got {T}"
     together = torch.empty(len(q), S, k.shape[2], dtype=k.dtype, device="meta")
-    reason = score.refusal("index_scores", (q, together, *args[2:7], workspace_mb, None))
+    reason = score.refusal("index_scores", (q, together, *args[2:7], workspace_mb, None)) or portable.refusal(function, args)
     if reason is None and J * E < WORK:
         reason = f"it selects by {WORK} channels of all heads at least, got {J} heads of {E}"
-    if reason is None and (min(budget, S) > BUDGET or S > KEYS):
-        reason = f"it selects up to {BUDGET} of {KEYS} keys, got a budget of {budget} and {S} keys"
+    if reason is None and _fitting(Tile.of(q), S, budget, workspace_mb, _sizes(S)[0]) < ROWS:
+        reason = f"it takes {ROWS} queries at a time, at least, and {workspace_mb} MiB have no room for their candidates among {S} keys"
     return reason
 
 
-def _for_scores(workspace_mb: int) -> int:
-    """MiB of the workspace that hold scores; the rest holds candidates."""
-    return max(1, workspace_mb * 2 // 3)
+def _sizes(S: int) -> list[int]:
+    """How many keys a task may have, most first."""
+    return sorted({triton.cdiv(triton.cdiv(max(S, 1), n), KEYS.value) * KEYS.value for n in range(1, CHUNKS + 1)}, reverse=True)
+
+
+def _fitting(tile: Tile, S: int, budget: int, workspace_mb: int, size: int) -> int:
+    """How many queries the workspace has room for, where tasks have `size` keys."""
+    strata, _, _, capacity = sampling(min(budget, max(S, 1)), max(S, 1), tile.BN)
+    segment = segment_of(capacity, size // PARTS.value, tile.BN)
+    return (workspace_mb << 20) // (triton.cdiv(max(S, 1), size) * PARTS.value * (8 * segment + 16) + 4 * strata)
 
 
 def _keys(k: Tensor, k_scale: Tensor, block_table: Tensor | None, b: int) -> tuple[Tensor, Tensor]:
@@ -52,43 +60,21 @@ def _keys(k: Tensor, k_scale: Tensor, block_table: Tensor | None, b: int) -> tup
     here = slice(b, b + 1)
     k, scale = in_one_piece(k, k_scale, block_table[here]) if block_table is not None else (k[here], k_scale[here])
     assert scale is not None
-    return k if k.is_contiguous() and k.data_ptr() % 16 == 0 else k.clone(memory_format=torch.contiguous_format), scale
+    return k if k.is_contiguous() and k.data_ptr() % 16 == 0 else k.clone(memory_format=torch.contiguous_format), scale.float()
 
 
-@triton.jit
-def lse_kernel(SCORES, START, END, LSE, S, BLOCK: tl.constexpr):
-    """Log-sum-exp of a row's scores from start to end. Grid: rows."""
-    row = tl.program_id(0)
-    SCORES += row.to(tl.int64) * S
-    start, end = tl.maximum(tl.load(START + row), 0), tl.minimum(tl.load(END + row), S)
-    largest, sums = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
-    for origin in range(start // BLOCK * BLOCK, end, BLOCK):
-        key = origin + tl.arange(0, BLOCK)
-        scores = tl.load(SCORES + key, mask=(key >= start) & (key < end), other=float("-inf"))
-        largest, sums = add_exponentials(largest, sums, scores)
-    maximum, total = maximum_and_sum(largest, sums)
-    tl.store(LSE + row, finite(maximum) + tl.log(total))
-
-
-def _choose(
-    scores: Tensor, start: Tensor, end: Tensor, budget: int, keep_first: int, keep_recent: int, workspace_mb: int, out: tuple[Tensor, Tensor]
-) -> None:
-    """indices `[n, K]` and counts `[n]`, in `out`, of rows of scores `[n, S]`, of which they see start to end - 1 `[n]`."""
-    top_k = implementation("select", "triton", scores.device).top_k
-    between = budget - keep_first - keep_recent
-    if between == budget:
-        top_k(scores, start, end, budget, workspace_mb, out)
-        return
-    slot = torch.arange(budget, dtype=torch.int32, device=scores.device)
-    seen = (end - start).clamp(min=0)
-    counts = seen.clamp(max=budget)
-    first, last = start[:, None] + slot, end[:, None] - budget + slot
-    indices = torch.where(slot < keep_first, first, last)
-    if between:
-        indices[:, keep_first : budget - keep_recent], _ = top_k(scores, start + keep_first, end - keep_recent, between, workspace_mb)
-    everything = torch.where(slot < counts[:, None], first, -1)
-    out[0].copy_(torch.where((seen > budget)[:, None], indices, everything))
-    out[1].copy_(counts)
+def _sample(k: Tensor, k_scale: Tensor, start: Tensor, end: Tensor, budget: int, tile: Tile) -> tuple[Tensor, ...]:
+    """Sampled keys `[1, strata, E]` of k `[1, S, E]`, their scales, and which of them queries that see start to end - 1 `[1, T]` see."""
+    (_, S, E), T = k.shape, start.shape[1]
+    strata, stride, _, _ = sampling(min(budget, S), S, tile.BN) if S else (0, 1, 0, 0)
+    if strata == 0:
+        return ()
+    keys, scale = k.new_empty(1, strata, E), k_scale.new_empty(1, strata)
+    first, last = torch.empty_like(start), torch.empty_like(end)
+    sampled_kernel[(triton.cdiv(max(strata, T), 64),)](
+        k.view(torch.uint8), k_scale, start, end, keys.view(torch.uint8), scale, first, last, k_scale.stride(1), T, S, stride, strata, E=E, BN=64
+    )
+    return keys, scale, first, last
 
 
 def select(
@@ -107,31 +93,30 @@ def select(
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """indices `[B, T, K]`, counts `[B, T]`, and with `with_scores` their scores `[B, T, K]` and the lse `[B, T]`."""
-    (B, T), S = q.shape[:2], length(k, block_table)
-    start, end = start.clamp(min=0), end.clamp(max=S)
-    indices = torch.empty(B, T, budget, dtype=torch.int32, device=q.device)
-    counts = torch.empty(B, T, dtype=torch.int32, device=q.device)
-    chosen = torch.empty((B, T, budget) if with_scores else (0,), dtype=torch.float32, device=q.device)
-    lse = torch.empty((B, T) if with_scores else (0,), dtype=torch.float32, device=q.device)
-    if S == 0:
-        return indices.fill_(-1), counts.zero_(), chosen.fill_(-torch.inf), lse.fill_(-torch.inf)
-    memory = _for_scores(workspace_mb)
-    rest = max(1, workspace_mb - memory)
-
-    def work(b: int, rows: slice, k: Tensor, k_scale: Tensor) -> None:
-        # A function, so that the scores of one chunk are gone before those of the next are there.
-        here = slice(b, b + 1)
-        interval = start[here, rows], end[here, rows]
-        scores = score.index_scores(q[here, rows], k, weights[here, rows], q_scale[here, rows], k_scale, *interval, memory)[0]
-        low, high = (x[0].contiguous() for x in interval)
-        _choose(scores, low, high, budget, keep_first, keep_recent, rest, (indices[b, rows], counts[b, rows]))
-        if with_scores:
-            found = indices[b, rows]
-            chosen[b, rows] = scores.gather(1, found.clamp(min=0).long()).masked_fill_(found < 0, -torch.inf)
-            lse_kernel[(scores.shape[0],)](scores, low, high, lse[b, rows], S, BLOCK=BLOCK, num_warps=8)
-
+    (B, T, J, _), S = q.shape, length(k, block_table)
+    q, weights, q_scale = q.contiguous(), weights.float().contiguous(), q_scale.float().contiguous()
+    start, end = start.contiguous(), end.contiguous()
+    found = selection(B, T, budget, with_scores, q.device)
+    queries, programs, sizes = score.queries_of(J), processors(q.device), _sizes(S)
+    options = budget, keep_first, keep_recent, with_scores
     for b in range(B):
-        keys = _keys(k, k_scale, block_table, b)
-        for rows in chunks(T, 4 * S, memory, ROWS):
-            work(b, rows, *keys)
-    return indices, counts, chosen, lse
+        row = slice(b, b + 1)
+        keys, scale = _keys(k, k_scale, block_table, b)
+        whole = Prepared.of(q[row], keys, weights[row], q_scale[row], scale)
+        sampled = _sample(keys, scale, start[row], end[row], budget, whole.tile)
+        fitting = partial(_fitting, whole.tile, S, budget, workspace_mb)
+        step, wave = fitting(sizes[0]), programs * queries
+        step = step // wave * wave or step  # whole waves of programs
+        for origin in range(0, T, step):
+            rows = slice(origin, min(origin + step, T))
+            number = rows.stop - origin
+            tiles = triton.cdiv(number, queries)
+            # What a program scores, about, and rounds of tasks in which it is idle.
+            work = {size: triton.cdiv(tiles * triton.cdiv(S, size), programs) * (size + score.BEGINNING) for size in sizes}
+            size = min((size for size in sizes if size == sizes[0] or fitting(size) >= number), key=work.__getitem__)
+            here = *sampled[:2], *(x[:, rows] for x in sampled[2:])
+            inputs = q[b, rows], weights[b, rows], q_scale[b, rows], keys[0], scale[0], start[b, rows], end[b, rows], here
+            finder = Candidates(*inputs, *options, size, programs)
+            out = tuple(x[row, rows] if x.numel() else x for x in found)
+            select_many(whole.rows(rows), start[row, rows], end[row, rows], *options, workspace_mb, finder, out)
+    return found

@@ -146,6 +146,25 @@ def sampled_key(stratum, stride):
     return stratum * stride + (x % stride.to(tl.uint32)).to(tl.int32)
 
 
+@triton.jit(do_not_specialize=["stride", "strata"])
+def sampled_kernel(K, SCALE, START, END, SAMPLED, SAMPLED_SCALE, FIRST, LAST, stride_s, T, S, stride, strata, E: tl.constexpr, BN: tl.constexpr):
+    """Sampled keys of one batch row, bytes `[strata, E]`, and their scales; of `[T]` queries that see start to end - 1, which of them each sees.
+
+    Grid: enough for blocks of BN keys and of BN queries.
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    key = tl.minimum(sampled_key(n, stride), S - 1)
+    channel = tl.arange(0, E)[None, :]
+    here = n < strata
+    tl.store(SAMPLED + (n * E)[:, None] + channel, tl.load(K + (key.to(tl.int64) * E)[:, None] + channel, mask=here[:, None]), mask=here[:, None])
+    tl.store(SAMPLED_SCALE + n, tl.load(SCALE + key.to(tl.int64) * stride_s, mask=here), mask=here)
+    start, end = tl.load(START + n, mask=n < T, other=0), tl.load(END + n, mask=n < T, other=0)
+    start, end = tl.minimum(tl.maximum(start, 0), S), tl.minimum(tl.maximum(end, 0), S)
+    # One key of each stratum is sampled, and keys ascend with the strata.
+    tl.store(FIRST + n, start // stride + (sampled_key(start // stride, stride) < start), mask=n < T)
+    tl.store(LAST + n, end // stride + (sampled_key(end // stride, stride) < end), mask=n < T)
+
+
 @triton.jit
 def scores_of(
     q, w, Q, W, K, K_SCALE, TABLE, key, real, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
@@ -173,12 +192,12 @@ def first_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, BQ: tl.constexpr, BJ:
 
 @triton.jit(do_not_specialize=["tile0", "row0", "stride"])
 def sample_kernel(
-    Q, W, K, K_SCALE, TABLE, START, END, RANKS, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss,
-    tile0, row0, T, S, J, E, keep_first, keep_recent, capacity, stride, share,
+    Q, W, K, K_SCALE, TABLE, START, END, SAMPLE, stride_qb, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss,
+    tile0, row0, T, S, J, E, few, stride, share,
     BN: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
     PAGE: tl.constexpr, UNIT: tl.constexpr, LOADED: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """RANKS `[rows, BM]` of the sampled keys, LOWEST of those that a row doesn't see. Grid: query tiles, shares of the sample.
+    """Scores of the sampled keys, SAMPLE `[rows, BM]`, of rows that see more than `few` keys. Grid: query tiles, shares of the sample.
 
     Strata that no query of a tile sees are left as they were.
     """
@@ -187,12 +206,12 @@ def sample_kernel(
     b, t0 = tile // tiles, tile % tiles * BQ
     t, n = t0 + tl.arange(0, BQ), tl.arange(0, BN)
     start, end = load_interval(START, END, b, t, T, S)
-    low, high = union(start, end, end - start > capacity, S)
+    low, high = union(start, end, end - start > few, S)
     first = tl.maximum(low // stride // BN * BN, tl.program_id(1) * share)
     last = tl.minimum(tl.cdiv(high, stride), (tl.program_id(1) + 1) * share)
     Q, W = Q + b.to(tl.int64) * stride_qb, W + b.to(tl.int64) * T * J
     K, K_SCALE, TABLE = keys_of(K, K_SCALE, TABLE, b, stride_kb, stride_sb, S, PAGE, UNIT)
-    out = RANKS + (b.to(tl.int64) * T + t - row0)[None, :] * BM
+    out = SAMPLE + (b.to(tl.int64) * T + t - row0)[None, :] * BM
     q, w = first_queries(Q, W, stride_qt, stride_qj, t0, T, J, E, BQ, BJ, BE, LOADED)
     for origin in tl.range(first, last, BN, num_stages=STAGES):
         stratum = origin + n
@@ -201,9 +220,7 @@ def sample_kernel(
             q, w, Q, W, K, K_SCALE, TABLE, key, key < high, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
             BN, BQ, BJ, BE, HEADS, PADDED, SCALED, PAGE, UNIT, LOADED,
         )  # fmt: skip
-        rank = rank_of(scores, key[:, None], start[None, :], end[None, :], keep_first, keep_recent)
-        seen = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
-        tl.store(out + stratum[:, None], tl.where(seen, rank, LOWEST), mask=(stratum < last)[:, None] & (end > start)[None, :])
+        tl.store(out + stratum[:, None], scores, mask=(stratum < last)[:, None] & (end > start)[None, :])
 
 
 @triton.jit
@@ -223,23 +240,31 @@ def point_of(values, key, number, wanted, most, highest, start, end, position):
 
 
 @triton.jit(do_not_specialize=["row0", "stride"])
-def threshold_kernel(RANKS, START, END, SCORE, POSITION, row0, S, budget, capacity, stride, BM: tl.constexpr):
-    """The point of the order from which on keys are candidates: the score and the position of about the right sampled key."""
+def threshold_kernel(
+    SAMPLE, START, END, SCORE, POSITION, row0, S, budget, keep_first, keep_recent, few, stride, BM: tl.constexpr, KEEP: tl.constexpr
+):  # fmt: skip
+    """The point of the order from which on keys are candidates: the score and the position of about the right sampled key. Grid: rows.
+
+    Where a row sees no more than `few` keys, or too few of them are sampled, all are candidates.
+    """
     row = tl.program_id(0)
     start, end = interval_of(START + row0, END + row0, row, S)
     point, position = tl.full([], -FINITE, tl.float32), tl.full([], LOWEST, tl.int32)  # everything
-    if end - start > capacity:
+    if end - start > few:
         stratum = tl.arange(0, BM)
-        held = (stratum >= start // stride) & (stratum * stride < end)
-        rank = tl.load(RANKS + row.to(tl.int64) * BM + stratum, mask=held, other=LOWEST)
-        number = tl.sum((rank != LOWEST).to(tl.int32))
+        key = sampled_key(stratum, stride)
+        seen = (key >= start) & (key < end)
+        values = ordered(tl.load(SAMPLE + row.to(tl.int64) * BM + stratum, mask=seen, other=0.0))
+        if KEEP:
+            values = with_kept(values, key, start, end, keep_first, keep_recent)
+        number = tl.sum(seen.to(tl.int32))
         # As many of the sample are expected among the k best; five standard deviations more are hardly ever.
         expected = budget * (number / (end - start).to(tl.float32))
         wanted = tl.ceil(expected + 5 * tl.sqrt(expected) + 4).to(tl.int32)
         most = wanted + wanted // 16  # the search may stop early
         if wanted <= number:
-            key = sampled_key(stratum, stride)
-            point, position = point_of(score_at(rank), key, number, wanted, most, score_at(tl.max(rank)), start, end, position)  # NaN where not seen
+            highest = tl.max(tl.where(seen, values, float("-inf"))) + 0.0  # -0.0 becomes 0.0
+            point, position = point_of(tl.where(seen, values, float("nan")), key, number, wanted, most, highest, start, end, position)
     tl.store(SCORE + row, point)
     tl.store(POSITION + row, position)
 

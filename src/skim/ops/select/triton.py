@@ -7,6 +7,8 @@ wait for each other are what takes time there, and so there is one less. Each of
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import triton
@@ -28,6 +30,7 @@ STRATA = 32768  # keys that a row may have to be sampled at
 SAMPLE = 4096  # keys that a row is sampled at, at most
 CAPACITY = 1024  # candidates that a row may have, at least
 ROOM = 1  # tiles of keys by which thresholds may be too low, because they are cut at tiles
+FEW_KEYS = 4096  # of which all may be candidates, if there is room for them: sampling takes longer than choosing from more
 SPLIT = 1024  # keys that a program walks, at least, where a row is split
 FEW = 64  # rows, at most, whose scores go by way of memory, so that many programs share in choosing of each
 PART = 4096  # keys of such a row that a program reads at once
@@ -51,27 +54,93 @@ def refusal(function: str, args: tuple) -> str | None:
     return reason
 
 
-def sampling(budget: int, S: int, BN: int) -> tuple[int, int, int]:
-    """(strata, keys in one, candidates that a row may have) for the best `budget` of up to S keys; no strata if all may be candidates."""
-    strata = max(16, min(SAMPLE, triton.next_power_of_2(S) // 8, triton.next_power_of_2(triton.cdiv(128 * S, budget))))
+def sampling(budget: int, S: int, BN: int) -> tuple[int, int, int, int]:
+    """How the best `budget` of up to S keys are looked for, with tiles of BN: (strata, keys in one, few, candidates that a row may have).
+
+    A row of `few` keys at most isn't sampled: all are candidates; so is none where there are no strata.
+    """
+    strata = max(16, min(SAMPLE, triton.next_power_of_2(S) // 8, triton.next_power_of_2(triton.cdiv(64 * S, budget))))
     while True:
         stride = triton.cdiv(S, strata)
         expected = budget / stride
         wanted = (expected + 5 * math.sqrt(expected) + 4) * 17 / 16  # as in threshold_kernel
+        few = math.ceil(stride * wanted)
         likely = stride * (wanted + 5 * math.sqrt(wanted)) + BN * ROOM
         capacity = triton.next_power_of_2(max(CAPACITY, budget, math.ceil(likely)))
-        if capacity >= S:
-            return 0, 1, max(CAPACITY, triton.next_power_of_2(S))
+        if capacity >= S and (S <= FEW_KEYS or 2 * few >= S):
+            capacity = max(CAPACITY, triton.next_power_of_2(S))
+            return 0, 1, capacity, capacity
         if capacity <= 2 * BUDGET:
-            return strata, stride, capacity
+            return strata, stride, min(few, capacity - 2), capacity  # the first segment of a row and its last leave gaps
         strata *= 2
 
 
-def _select(
-    inputs: tuple[Tensor, ...],
-    strides: tuple[int, ...],
-    sizes: tuple[int, int, int, int, int],
-    tile: Tile,
+class Finder(Protocol):
+    """What samples and finds candidates in place of `sample_kernel` and `candidates_kernel`."""
+
+    @property
+    def splits(self) -> int:
+        """Segments that a row's candidates lie in."""
+
+    @property
+    def split(self) -> int:
+        """Keys of a segment, at most."""
+
+    def sample(self, rows: slice) -> Tensor:
+        """float32 `[rows, strata]`: what some rows score the keys that they are sampled at."""
+
+    def find(
+        self, rows: slice, points: Tensor, positions: Tensor, entries: Tensor, counts: Tensor, maxima: Tensor, sums: Tensor, segment: int
+    ) -> None:
+        """Finds the candidates of some rows, of which all that is given is. Nothing is in points and positions where no row is sampled."""
+
+
+def selection(B: int, T: int, budget: int, with_scores: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what `select` returns."""
+    indices = torch.empty(B, T, budget, dtype=torch.int32, device=device)
+    counts = torch.empty(B, T, dtype=torch.int32, device=device)
+    chosen = torch.empty((B, T, budget) if with_scores else (0,), dtype=torch.float32, device=device)
+    return indices, counts, chosen, torch.empty((B, T) if with_scores else (0,), dtype=torch.float32, device=device)
+
+
+def segment_of(capacity: int, split: int, BN: int) -> int:
+    """Candidates that a segment has room for: of `split` keys, with a tile and a pair more; a multiple of 16, so that pairs are aligned."""
+    return min(capacity, split) + BN + 16
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What scores are made of, as kernels read it.
+
+    Attributes:
+        inputs: queries, weights, keys, their scales and block table.
+        strides: of queries, keys and scales.
+        sizes: B, T, S, J, E.
+    """
+
+    inputs: tuple[Tensor, ...]
+    strides: tuple[int, ...]
+    sizes: tuple[int, int, int, int, int]
+    tile: Tile
+    constants: dict[str, int | bool]
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, weights: Tensor, q_scale: Tensor | None, k_scale: Tensor | None, block_table: Tensor | None = None) -> Prepared:
+        (B, T, J, E), S = q.shape, length(k, block_table)
+        w = head_weights(weights, q_scale, E).contiguous()
+        q, keys = operands(q, k, k_scale, block_table)
+        tile = Tile.of(q)
+        constants: dict[str, int | bool] = {**keys.constants, "PADDED": J % tile.BJ != 0, "LOADED": False}
+        return cls((q, w, *keys.pointers), (*q.stride()[:3], *keys.strides), (B, T, S, J, q.shape[3]), tile, constants)
+
+    def rows(self, rows: slice) -> Prepared:
+        """The same of some queries, of one row of the batch."""
+        (q, w, *keys), (_, _, *others) = self.inputs, self.sizes
+        return replace(self, inputs=(q[:, rows], w[:, rows], *keys), sizes=(1, rows.stop - rows.start, *others))
+
+
+def select_many(
+    prepared: Prepared,
     start: Tensor,
     end: Tensor,
     budget: int,
@@ -79,28 +148,30 @@ def _select(
     keep_recent: int,
     with_scores: bool,
     workspace_mb: int,
-    constants: dict[str, int | bool],
+    finder: Finder | None = None,
+    out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, T, S, J, E = sizes
+    """As `select`, where scores are never written; `out`, contiguous, is where to write what is returned."""
+    inputs, strides, tile, constants, (B, T, S, J, E) = prepared.inputs, prepared.strides, prepared.tile, prepared.constants, prepared.sizes
     device, rows = start.device, B * T
     start, end = start.contiguous(), end.contiguous()
-    indices = torch.empty(B, T, budget, dtype=torch.int32, device=device)
-    counts = torch.empty(B, T, dtype=torch.int32, device=device)
-    chosen = torch.empty((B, T, budget) if with_scores else (0,), dtype=torch.float32, device=device)
-    lse = torch.empty((B, T) if with_scores else (0,), dtype=torch.float32, device=device)
+    indices, counts, chosen, lse = out or selection(B, T, budget, with_scores, device)
     if S == 0:
         return indices.fill_(-1), counts.zero_(), chosen.fill_(-torch.inf), lse.fill_(-torch.inf)
     if rows == 0:
         return indices, counts, chosen, lse
 
-    strata, stride, capacity = sampling(min(budget, S), S, tile.BN)
+    strata, stride, few, capacity = sampling(min(budget, S), S, tile.BN)
     BN, BQ = tile.BN, tile.BQ
     row_tiles = triton.cdiv(T, BQ)
     tiles = B * row_tiles
-    splits = min(max(1, 2 * PROGRAMS // tiles), triton.cdiv(S, SPLIT))  # no more than fill the card in whole waves
-    split = triton.cdiv(triton.cdiv(S, splits), BN) * BN
-    splits = triton.cdiv(S, split)
-    segment = min(capacity, split) + BN + 16  # room for a tile and a pair; a multiple of 16, so that pairs are known to be aligned
+    if finder is None:
+        splits = min(max(1, 2 * PROGRAMS // tiles), triton.cdiv(S, SPLIT))  # no more than fill the card in whole waves
+        split = triton.cdiv(triton.cdiv(S, splits), BN) * BN
+        splits = triton.cdiv(S, split)
+    else:
+        splits, split = finder.splits, finder.split
+    segment = segment_of(capacity, split, BN)
     # One piece of memory holds the sample of a chunk of rows, then their candidates, then all scores of those that are done again.
     per_row = max(8 * splits * segment, 4 * strata)
     step = max(1, (workspace_mb << 20) // (BQ * (per_row + 16 * splits)))
@@ -116,7 +187,7 @@ def _select(
     found = torch.empty(held, splits, dtype=torch.int32, device=device)
     maxima, sums = (torch.empty((held, splits) if with_scores else (0,), dtype=torch.float32, device=device) for _ in range(2))
 
-    keep, whole = (keep_first, keep_recent), capacity - 2  # keys of a row that may all be candidates: its first segment and its last leave gaps
+    keep = keep_first, keep_recent
     shapes = {**tile.constants, **constants, "STAGES": tile.stages, "num_warps": tile.WARPS, "enable_fp_fusion": True}
     for tile0 in range(0, tiles, step):
         number = min(step, tiles - tile0)
@@ -124,19 +195,26 @@ def _select(
         here = min(last, rows) - row0
         place = tile0, row0, T, S, J, E
         if strata:
-            shares = min(max(1, PROGRAMS // number), triton.cdiv(strata, BN))
-            share = triton.cdiv(triton.cdiv(strata, shares), BN) * BN
-            sample_kernel[(number, triton.cdiv(strata, share))](
-                *inputs, start, end, memory.view(torch.int32), *strides, *place, *keep, whole, stride, share, **shapes, BM=strata
-            )
+            if finder is not None:
+                sample = finder.sample(slice(row0, row0 + here))
+            else:
+                sample = memory.view(torch.float32)
+                shares = min(max(1, PROGRAMS // number), triton.cdiv(strata, BN))
+                share = triton.cdiv(triton.cdiv(strata, shares), BN) * BN
+                sample_kernel[(number, triton.cdiv(strata, share))](
+                    *inputs, start, end, sample, *strides, *place, few, stride, share, **shapes, BM=strata
+                )
             threshold_kernel[(here,)](
-                memory.view(torch.int32), start, end, points, positions, row0, S, budget, whole, stride,
-                BM=strata, num_warps=min(16, max(1, strata // 1024)),
+                sample, start, end, points, positions, row0, S, budget, *keep, few, stride,
+                BM=strata, KEEP=sum(keep) > 0, num_warps=min(16, max(1, strata // 1024)),
             )  # fmt: skip
-        candidates_kernel[(number, splits)](
-            *inputs, start, end, points, positions, memory, found, maxima, sums, *strides, *place, budget, *keep, split, segment,
-            **shapes, SAMPLED=strata > 0, ROW_WARPS=min(tile.WARPS, tile.BN // 16), KEEP=sum(keep) > 0, WITH_SCORES=with_scores,
-        )  # fmt: skip
+        if finder is not None:
+            finder.find(slice(row0, row0 + here), points, positions, memory, found, maxima, sums, segment)
+        else:
+            candidates_kernel[(number, splits)](
+                *inputs, start, end, points, positions, memory, found, maxima, sums, *strides, *place, budget, *keep, split, segment,
+                **shapes, SAMPLED=strata > 0, ROW_WARPS=min(tile.WARPS, tile.BN // 16), KEEP=sum(keep) > 0, WITH_SCORES=with_scores,
+            )  # fmt: skip
         choosing = min(16, max(1, capacity // (1024 if here > PROGRAMS else 512)))
         choose_kernel[(here,)](
             memory, found, maxima, sums, start, end, indices, counts, chosen, lse, flags, row0, S, budget, *keep, splits, segment,
@@ -167,18 +245,14 @@ def select(
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """indices `[B, T, K]`, counts `[B, T]`, and with `with_scores` their scores `[B, T, K]` and the lse `[B, T]`."""
-    (B, T, J, E), S = q.shape, length(k, block_table)
+    (B, T), S = q.shape[:2], length(k, block_table)
     if _few(B * T, S, budget, workspace_mb):
         scores = score.index_scores(q, k, weights, q_scale, k_scale, start, end, workspace_mb, block_table)
         found = _select_few(scores.flatten(0, 1), start.flatten(), end.flatten(), budget, keep_first, keep_recent, with_scores)
         indices, counts, chosen, lse = (x.unflatten(0, (B, T)) if x.numel() else x for x in found)
         return indices, counts, chosen, lse
-    w = head_weights(weights, q_scale, E).contiguous()
-    q, keys = operands(q, k, k_scale, block_table)
-    tile = Tile.of(q)
-    constants: dict[str, int | bool] = {**keys.constants, "PADDED": J % tile.BJ != 0, "LOADED": False}
-    strides, sizes = (*q.stride()[:3], *keys.strides), (B, T, S, J, q.shape[3])
-    return _select((q, w, *keys.pointers), strides, sizes, tile, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb, constants)
+    prepared = Prepared.of(q, k, weights, q_scale, k_scale, block_table)
+    return select_many(prepared, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb)
 
 
 def top_k(
@@ -206,7 +280,7 @@ def top_k(
         out = scores.new_empty(rows, budget, dtype=torch.int32), scores.new_empty(rows, dtype=torch.int32)
     indices, counts = out
     part = triton.cdiv(triton.cdiv(S, ROW_WARPS) + 512, 512) * 512
-    segment = min(capacity, part) + 512 + 16 if samples else 16  # as in `_select`
+    segment = min(capacity, part) + 512 + 16 if samples else 16  # as in `select_many`
     places = min(rows, max(1, (workspace_mb << 20) // (ROW_WARPS * (8 * segment + 4) + 4)))  # rows take turns in them
     entries = torch.empty(places * ROW_WARPS * segment, dtype=torch.int64, device=scores.device)
     found = torch.empty(places * ROW_WARPS, dtype=torch.int32, device=scores.device)
@@ -290,7 +364,6 @@ def _top_k_in_parts(scores: Tensor, start: Tensor, end: Tensor, budget: int, wor
     tile = Tile(BN=2048, BQ=1, BJ=1, BE=16, HEADS=1, WARPS=4, stages=3)
     constants: dict[str, int | bool] = {"PADDED": False, "SCALED": False, "PAGE": 0, "UNIT": 1, "LOADED": True}
     strides = 0, scores.stride(0), 0, 0, 0, 0, 0
-    indices, counts, _, _ = _select(
-        (scores,) * 5, strides, (1, rows, S, 1, 1), tile, start[None], end[None], budget, 0, 0, False, workspace_mb, constants
-    )  # fmt: skip
+    prepared = Prepared((scores,) * 5, strides, (1, rows, S, 1, 1), tile, constants)
+    indices, counts, _, _ = select_many(prepared, start[None], end[None], budget, 0, 0, False, workspace_mb)
     return indices[0], counts[0]
