@@ -63,6 +63,7 @@ KNOWN = {
     ("racecheck", "attend.hopper_backward.scores_128"): TASKS,
     ("racecheck", "attend.hopper_backward.of_keys_128"): TASKS,
     ("racecheck", "score.hopper.forward"): TASKS,
+    ("racecheck", "select.hopper_candidates.find"): TASKS,
 }
 
 attention, latent, hopper, hopper_backward, hopper_union, unions, selecting = (
@@ -258,7 +259,13 @@ def latent_gradients() -> None:
 def gluon_scores() -> None:
     """The kernels of sm_90: scores, and selection by them."""
     q, weights = codec.quantise(draw(1, 300, 64, 128)), draw(1, 300, 64)
-    skim.select(q, codec.quantise(draw(1, 900, 128)), weights, 100, with_scores=True, impl="hopper")
+    keys, scales = codec.quantise(draw(1, 900, 128))
+    skim.ops.index_scores(q, (keys, scales), weights, impl="hopper")
+    scales[:, 400:500] = torch.nan
+    for few in (0, selecting.FEW_KEYS):  # sampled, some done again, and not
+        with mock.patch.multiple(selecting, CAPACITY=64, ROOM=0, FEW_KEYS=few):
+            skim.select(q, (keys, scales), weights, 100, impl="hopper")
+            skim.select(q, (keys, scales), weights, 100, keep_first=3, keep_recent=2, with_scores=True, impl="hopper")
 
 
 def gluon_attention() -> None:

@@ -41,6 +41,20 @@ def test_hard_rows_of_128k_keys_are_exact(name: str, T: int) -> None:
     assert torch.equal(selection.indices[0, :, 0].cpu(), best(hard(name), 2048).expand(T, -1))
 
 
+@pytest.mark.parametrize("name", ("equal", "zero", "nan", "plateau", "narrow", "bfloat16", "rising"))
+def test_hard_rows_of_64_heads_are_exact(name: str) -> None:
+    """Of FP8, which has no such scores: the keys' scales do."""
+    T = 300
+    q, k = (torch.zeros(1, *shape, 128, dtype=torch.float8_e4m3fn, device="cuda") for shape in ((T, 64), (S,)))
+    q[:, :, 0, 0], k[..., 0] = 1, 1
+    weights = torch.zeros(1, T, 64, device="cuda")
+    weights[..., 0] = 1
+    inputs = (q, torch.ones(1, T, 64, device="cuda")), (k, hard(name)[None].cuda()), weights
+    scores = skim.ops.index_scores(*inputs, **all_of(T, S))[0, -1].cpu()
+    selection = skim.select(*inputs, 2048, **all_of(T, S))
+    assert torch.equal(selection.indices[0, :, 0].cpu(), best(scores, 2048).expand(T, -1))
+
+
 @pytest.mark.parametrize("budget", (1, 8192))
 def test_a_million_keys(budget: int) -> None:
     scores = normal(1 << 20)
