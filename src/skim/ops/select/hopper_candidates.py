@@ -70,7 +70,7 @@ def _walk(start, end, origin, chunk, S):
 def _load(
     Q, W, Q_SCALE, K, SCALE, START, END, POINT, POSITION, s_s, turns, tiles, chunk, T, S, budget,
     q, w, q_scales, starts, ends, points, positions, keys, scales, asked, answered, ready, free,
-    J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, WITH_SCORES: gl.constexpr,
+    J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, SAMPLED: gl.constexpr, WITH_SCORES: gl.constexpr,
 ):  # fmt: skip
     """Copy queries and keys."""
     layout: gl.constexpr = row_copy(BE)
@@ -88,9 +88,10 @@ def _load(
             Q, W, Q_SCALE, START, END, t0, T,
             q.index(buffer), w.index(buffer), q_scales.index(buffer), starts.index(buffer), ends.index(buffer), J, BQ, BJ, BE,
         )  # fmt: skip
-        t = t0 + gl.arange(0, BQ, LINE)
-        copy(points.index(buffer), POINT + t, mask=t < T)
-        copy(positions.index(buffer), POSITION + t, mask=t < T)
+        if SAMPLED:
+            t = t0 + gl.arange(0, BQ, LINE)
+            copy(points.index(buffer), POINT + t, mask=t < T)
+            copy(positions.index(buffer), POSITION + t, mask=t < T)
         async_copy.mbarrier_arrive(asked.index(buffer), increment_count=False)  # each thread, when its copies are there
         t = t0 + gl.arange(0, BQ, gl.SliceLayout(0, _pairs(BQ)))
         start, end = gl.load(START + t, mask=t < T, other=0), gl.load(END + t, mask=t < T, other=0)
@@ -297,7 +298,7 @@ def find(
             (_load, (
                 Q, W, Q_SCALE, K, SCALE, START, END, POINT, POSITION, s_s, turns, tiles, chunk, T, S, budget,
                 q, w, q_scales, starts, ends, points, positions, keys, scales, asked, answered, ready, free,
-                J, BQ, BJ, BE, WITH_SCORES,
+                J, BQ, BJ, BE, SAMPLED, WITH_SCORES,
             )),
         ],
         [4, 4],

@@ -255,15 +255,12 @@ def select(
     return select_many(prepared, start, end, budget, keep_first, keep_recent, with_scores, workspace_mb)
 
 
-def top_k(
-    scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb: int = 512, out: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def top_k(scores: Tensor, start: Tensor, end: Tensor, budget: int, workspace_mb: int = 512) -> tuple[Tensor, Tensor]:
     """The `budget` best of scores that are there already, in the order of `select`.
 
     Args:
         scores: float32 `[rows, S]`.
         start, end: int32 `[rows]`: the keys that a row may choose from.
-        out: contiguous, where to write what is returned; None is new memory.
 
     Returns:
         indices int32 `[rows, K]`, ascending with -1 behind, and counts int32 `[rows]`.
@@ -271,14 +268,12 @@ def top_k(
     rows, S = scores.shape
     if _few(rows, S, budget, workspace_mb):
         indices, counts, _, _ = _select_few(scores, start, end, budget, 0, 0, False)
-        return _written(out, indices, counts)
+        return indices, counts
     samples, capacity = row_sampling(min(budget, S), S)
     if rows < PROGRAMS or capacity > ROW_CAPACITY:
-        return _written(out, *_top_k_in_parts(scores, start, end, budget, workspace_mb))
+        return _top_k_in_parts(scores, start, end, budget, workspace_mb)
     start, end = start.contiguous(), end.contiguous()
-    if out is None:
-        out = scores.new_empty(rows, budget, dtype=torch.int32), scores.new_empty(rows, dtype=torch.int32)
-    indices, counts = out
+    indices, counts = scores.new_empty(rows, budget, dtype=torch.int32), scores.new_empty(rows, dtype=torch.int32)
     part = triton.cdiv(triton.cdiv(S, ROW_WARPS) + 512, 512) * 512
     segment = min(capacity, part) + 512 + 16 if samples else 16  # as in `select_many`
     places = min(rows, max(1, (workspace_mb << 20) // (ROW_WARPS * (8 * segment + 4) + 4)))  # rows take turns in them
@@ -290,11 +285,6 @@ def top_k(
         BM=samples, BC=capacity, W=ROW_WARPS, SAMPLED=samples > 0, num_warps=ROW_WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return indices, counts
-
-
-def _written(out: tuple[Tensor, Tensor] | None, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """indices and counts, copied to `out` if that is given."""
-    return (indices, counts) if out is None else (out[0].copy_(indices), out[1].copy_(counts))
 
 
 def row_sampling(budget: int, S: int) -> tuple[int, int]:
