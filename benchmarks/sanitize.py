@@ -66,7 +66,7 @@ KNOWN = {
     ("racecheck", "select.hopper_candidates.find"): TASKS,
 }
 
-attention, latent, hopper, hopper_backward, hopper_union, unions, selecting = (
+attention, latent, hopper, hopper_backward, hopper_union, unions, selecting, ranking = (
     import_module(f"skim.ops.{name}")
     for name in (
         "attend.triton",
@@ -75,6 +75,7 @@ attention, latent, hopper, hopper_backward, hopper_union, unions, selecting = (
         "attend.hopper_backward",
         "attend.hopper_union",
         "attend.union",
+        "select.candidates",
         "select.triton",
     )
 )
@@ -180,13 +181,13 @@ def ranked() -> None:
     rows = draw(3, S).mul(4).round()  # plateaus
     bounds = (x[0] for x in interval(1, 3, S).values())
     start, end = bounds
-    for few in (0, selecting.FEW):  # with FEW, several programs share in choosing of a long row
-        with mock.patch.multiple(selecting, CAPACITY=64, ROOM=0, FEW=few):
-            selecting.top_k(rows, start, end, K)
-            selecting.top_k(torch.full_like(rows, torch.nan), start, end, K)  # flagged, so done again
-        with mock.patch.multiple(selecting, PROGRAMS=2, FEW=few):  # a program a row, and turns in the memory for candidates
+    for few in (0, ranking.FEW):  # with FEW, several programs share in choosing of a long row
+        with mock.patch.multiple(selecting, CAPACITY=64, ROOM=0), mock.patch.object(ranking, "FEW", few):
+            ranking.top_k(rows, start, end, K)
+            ranking.top_k(torch.full_like(rows, torch.nan), start, end, K)  # flagged, so done again
+        with mock.patch.multiple(ranking, PROGRAMS=2, FEW=few):  # a program a row, and turns in the memory for candidates
             for n, keys in ((3, 900), (40 if GPU else 9, 9_000)):
-                selecting.top_k(draw(n, keys).mul(4).round(), *(x[0] for x in interval(1, n, keys).values()), 20, 1)
+                ranking.top_k(draw(n, keys).mul(4).round(), *(x[0] for x in interval(1, n, keys).values()), 20, 1)
 
 
 def attended(shape: tuple[int, int, int], T: int, S: int, K: int, *, alike: bool, mla: bool = False) -> None:

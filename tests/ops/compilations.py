@@ -209,8 +209,9 @@ def select(capability: int) -> Iterator[Call]:
         yield f"top_k of 2048, {rows} rows", partial(kernels.top_k, empty(rows, S, dtype=torch.float32), zeros(rows), zeros(rows), 2048)
     if capability == 90:
         hopper = import_module("skim.ops.select.hopper")
-        scores = empty(T, S, dtype=torch.float32), zeros(T), zeros(T), empty(T, dtype=torch.float32)
-        yield "lse of scores", partial(hopper.lse_kernel[(T,)], *scores, S, BLOCK=hopper.BLOCK, num_warps=8)
+        keys = empty(1, S, 128, dtype=torch.float8_e4m3fn), empty(1, S, dtype=torch.float32)
+        tile = import_module("skim.ops.score.triton").Tile(BN=128, BQ=2, BJ=64, BE=128, HEADS=1, WARPS=4, stages=3)
+        yield "sampled keys", partial(hopper._sample, *keys, *interval, 2048, tile)
 
 
 def align(capability: int) -> Iterator[Call]:

@@ -40,7 +40,7 @@ def both_on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def flagged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each launch of the selection's last kernel does again."""
-    kernels = pytest.importorskip("skim.ops.select.triton")
+    kernels = pytest.importorskip("skim.ops.select.candidates")
     found, kernel = [], kernels.exhaustive_kernel
 
     class Counted:

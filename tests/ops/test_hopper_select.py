@@ -20,9 +20,8 @@ from test_hopper_score import DEVICE, REAL, simulated, simulated_without_a_card 
 
 from skim.ops import codec, index_scores, select, visible  # noqa: E402
 from skim.ops.score.triton import Tile  # noqa: E402
+from skim.ops.select import candidates, reference  # noqa: E402
 from skim.ops.select import hopper_candidates as finding  # noqa: E402
-from skim.ops.select import reference  # noqa: E402
-from skim.ops.select import triton as of_scores  # noqa: E402
 
 FIND = finding.find
 SPILLED = 328  # bytes, with Triton 3.6 (none with 3.9): counters and addresses, beside the weights and the products of a warp group
@@ -41,7 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "ROWS", 8)
     monkeypatch.setattr(kernels, "_fitting", lambda *_: 8)
     monkeypatch.setattr(kernels, "processors", lambda device: 3)
-    monkeypatch.setattr(of_scores, "PROGRAMS", 1)
+    monkeypatch.setattr(candidates, "PROGRAMS", 1)
     if not REAL:
         find = simulated(FIND)
         find.replace("_count", counted)
@@ -88,7 +87,7 @@ def test_rows_that_are_sampled() -> None:
 def sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of some hundred keys are sampled and have little room for candidates."""
     for name, value in (("SAMPLE", 64), ("CAPACITY", 32), ("FEW_KEYS", 0), ("ROOM", 0)):
-        monkeypatch.setattr(of_scores, name, value)
+        monkeypatch.setattr(candidates, name, value)
 
 
 @pytest.mark.parametrize(("J", "E"), [(64, 128), (64, 64), (40, 64), (17, 64), (8, 128)])
@@ -141,7 +140,7 @@ def test_a_row_whose_sample_misleads_is_done_again(loud: bool, sampled: None, fl
     q, (k, scale), weights = whole_numbers(S=1500)
     q, weights = (q[0].float().abs().to(q[0].dtype), q[1]), weights.abs() + 8
     k = k.float().abs().clamp(min=8).to(k.dtype)
-    strata, stride, _, _ = of_scores.sampling(40, 1500, 32)
+    strata, stride, _, _ = candidates.sampling(40, 1500, 32)
     where = sampled_keys(strata, stride, 1500)
     scale[:, where] = scale.max() * 64 if loud else scale.min() / 64
     compare((q, (k, scale), weights), 40, keep_first=2, with_scores=True)
@@ -203,11 +202,11 @@ def test_candidates_fit_into_the_workspace(monkeypatch: pytest.MonkeyPatch) -> N
         sizes = kernels._sizes(S)
         assert all(size % finding.KEYS.value == 0 and size * kernels.CHUNKS >= S for size in sizes) and sizes[0] >= S
         tile = Tile(BN=128, BQ=2, BJ=64, BE=128, HEADS=1, WARPS=4, stages=3)
-        strata, _, _, capacity = of_scores.sampling(min(2048, S), S, tile.BN)
+        strata, _, _, capacity = candidates.sampling(min(2048, S), S, tile.BN)
         for size in sizes:
             rows = kernels._fitting(tile, S, 2048, 64, size)
             splits = -(-S // size) * finding.PARTS.value
-            assert rows * (splits * 8 * of_scores.segment_of(capacity, size // finding.PARTS.value, tile.BN) + 4 * strata) <= 64 << 20
+            assert rows * (splits * 8 * candidates.segment_of(capacity, size // finding.PARTS.value, tile.BN) + 4 * strata) <= 64 << 20
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import Tensor
 from skim.ops import align, codec, index_scores, select
 from skim.ops.checks import expect_index_inputs
 from skim.ops.score import triton as kernels
-from skim.ops.select import triton as selecting
+from skim.ops.select import candidates as selecting
 
 B, T, J, E = 2, 3, 4, 16
 LENGTHS = (489, 340)  # tokens of the sequences

@@ -15,6 +15,7 @@ from reference_math import interval_mask
 from torch import Tensor
 
 from skim.ops import codec, select, visible
+from skim.ops.select import candidates
 from skim.ops.select import triton as kernels
 from skim.selection import Selection
 
@@ -49,10 +50,10 @@ def pick(scores: Tensor, budget: int, **options) -> list[int]:
 @pytest.fixture
 def sampled(monkeypatch):
     """Rows of some hundred keys are sampled, have a threshold and little room for candidates."""
-    monkeypatch.setattr(kernels, "SAMPLE", 64)
-    monkeypatch.setattr(kernels, "CAPACITY", 32)
-    monkeypatch.setattr(kernels, "ROOM", 0)
-    monkeypatch.setattr(kernels, "PROGRAMS", 4)
+    monkeypatch.setattr(candidates, "SAMPLE", 64)
+    monkeypatch.setattr(candidates, "CAPACITY", 32)
+    monkeypatch.setattr(candidates, "ROOM", 0)
+    monkeypatch.setattr(candidates, "PROGRAMS", 4)
 
 
 @pytest.mark.parametrize("keep", [(0, 0), (2, 3)])
@@ -176,10 +177,10 @@ def test_fp8_inputs():
 
 
 def test_one_query_whose_keys_are_split(monkeypatch, sampled, flagged):
-    monkeypatch.setattr(kernels, "SPLIT", 64)
+    monkeypatch.setattr(candidates, "SPLIT", 64)
     inputs = whole_numbers(2, 1, 1000, 4, 4)
     selection = compare(inputs, 40, with_scores=True)
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(candidates, "PROGRAMS", 1)
     other = compare(inputs, 40, with_scores=True)
     assert torch.equal(selection.indices, other.indices) and torch.equal(selection.scores, other.scores)
 
@@ -208,7 +209,7 @@ def test_a_row_with_too_many_candidates_is_done_again(sampled, flagged, with_sco
 
 def sampled_positions(S: int) -> Tensor:
     """The keys that a row of S is sampled at when there are 64 strata."""
-    strata, stride, _, _ = kernels.sampling(1, S, 1)
+    strata, stride, _, _ = candidates.sampling(1, S, 1)
     stratum = torch.arange(strata, dtype=torch.int64)
     x = stratum * 0x9E3779B1 & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x85EBCA77 & 0xFFFFFFFF
@@ -224,7 +225,7 @@ def test_the_same_bits_for_any_chunk_batch_split_and_workspace(monkeypatch, samp
         row = slice(1, 2), slice(t, t + 1)
         alone = triton(select, q[row], k[1:], weights[row], 30, start=start[row], end=end[row])
         assert torch.equal(alone.indices, whole.indices[row])
-    monkeypatch.setattr(kernels, "SPLIT", 32)
+    monkeypatch.setattr(candidates, "SPLIT", 32)
     again, _ = triton(select, q, k, weights, 30, with_scores=True, workspace_mb=1)
     assert torch.equal(again.indices, whole.indices) and torch.equal(again.scores, whole.scores)
 
@@ -239,8 +240,8 @@ def test_unwritten_keys_change_nothing():
 
 @pytest.mark.parametrize("S, budget", [(50, 7), (5000, 40)])
 def test_top_k_of_scores_that_are_there(monkeypatch, S, budget):
-    monkeypatch.setattr(kernels, "CAPACITY", 64)
-    monkeypatch.setattr(kernels, "ROOM", 0)
+    monkeypatch.setattr(candidates, "CAPACITY", 64)
+    monkeypatch.setattr(candidates, "ROOM", 0)
     scores = normal(6, S).mul(20).round()
     scores[5] = 0.0
     start, end = (x[0] for x in random_interval(1, 6, S))
@@ -266,7 +267,7 @@ def test_a_sample_has_a_threshold_that_as_many_reach_as_are_wanted(shape, wanted
     start, end = torch.zeros(1, dtype=torch.int32), torch.full((1,), n, dtype=torch.int32)
     point, position = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
     inputs = moved_to(KERNELS, (scores, start, end, point, position))
-    kernels.threshold_kernel[(1,)](*inputs, 0, n, wanted_of_all, 0, 0, 0, 1, BM=n, KEEP=False)
+    candidates.threshold_kernel[(1,)](*inputs, 0, n, wanted_of_all, 0, 0, 0, 1, BM=n, KEEP=False)
     point, position = moved_to("cpu", inputs[3:])
     scores = scores.clamp(max=torch.finfo(torch.float32).max)
     reached = int(((scores > point) | (scores == point) & (torch.arange(n) >= position)).sum())
@@ -398,7 +399,7 @@ def test_what_it_cannot_run_it_refuses_by_name():
 @pytest.mark.parametrize("budget", [1, 7, 64, 2048, 8192])
 @pytest.mark.parametrize("S", [1000, 33_000, 131_072, 1 << 20])
 def test_a_sample_leaves_room(budget, S):
-    strata, stride, few, capacity = kernels.sampling(min(budget, S), S, 128)
+    strata, stride, few, capacity = candidates.sampling(min(budget, S), S, 128)
     assert capacity <= 16384 and capacity >= max(few, min(budget, S))
     assert strata * stride >= S if strata else capacity >= S
 
@@ -417,10 +418,10 @@ def test_any_shape_and_any_visibility(B, T, S, heads, budget, keep, seed):
     start, end = random_interval(B, T, S, seed)
     keep = keep if sum(keep) <= budget else (0, 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "SAMPLE", 16)
-        patch.setattr(kernels, "CAPACITY", 16)
-        patch.setattr(kernels, "ROOM", 0)
-        patch.setattr(kernels, "SPLIT", 32)
+        patch.setattr(candidates, "SAMPLE", 16)
+        patch.setattr(candidates, "CAPACITY", 16)
+        patch.setattr(candidates, "ROOM", 0)
+        patch.setattr(candidates, "SPLIT", 32)
         compare(whole_numbers(B, T, S, *heads, seed=seed), budget, start=start, end=end, keep_first=keep[0], keep_recent=keep[1])
 
 

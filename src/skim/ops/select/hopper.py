@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from skim.ops.dispatch import processors
+from skim.ops.dispatch import implementation, processors
 from skim.ops.score import hopper as score
 from skim.ops.score.pages import in_one_piece, length
 from skim.ops.score.triton import Tile
-from skim.ops.select import triton as portable
+from skim.ops.select.candidates import Prepared, sampling, segment_of, select_many, selection
 from skim.ops.select.hopper_candidates import KEYS, PARTS, Candidates
-from skim.ops.select.kernels import sampled_kernel
-from skim.ops.select.triton import Prepared, sampling, segment_of, select_many, selection
+from skim.ops.select.kernels import sampled_key
 
 ROWS = 264  # queries, at least
 WORK = 4096  # channels of all heads, at least: of fewer Triton makes scores as fast
@@ -35,7 +35,9 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
     if T < ROWS:
         return f"it takes {ROWS} queries at a time, at least, got {T}"
     together = torch.empty(len(q), S, k.shape[2], dtype=k.dtype, device="meta")
-    reason = score.refusal("index_scores", (q, together, *args[2:7], workspace_mb, None)) or portable.refusal(function, args)
+    reason = score.refusal("index_scores", (q, together, *args[2:7], workspace_mb, None)) or implementation("select", "triton", q.device).refusal(
+        function, args
+    )
     if reason is None and J * E < WORK:
         reason = f"it selects by {WORK} channels of all heads at least, got {J} heads of {E}"
     if reason is None and _fitting(Tile.of(q), S, budget, workspace_mb, _sizes(S)[0]) < ROWS:
@@ -61,6 +63,25 @@ def _keys(k: Tensor, k_scale: Tensor, block_table: Tensor | None, b: int) -> tup
     k, scale = in_one_piece(k, k_scale, block_table[here]) if block_table is not None else (k[here], k_scale[here])
     assert scale is not None
     return k if k.is_contiguous() and k.data_ptr() % 16 == 0 else k.clone(memory_format=torch.contiguous_format), scale.float()
+
+
+@triton.jit(do_not_specialize=["stride", "strata"])
+def sampled_kernel(K, SCALE, START, END, SAMPLED, SAMPLED_SCALE, FIRST, LAST, stride_s, T, S, stride, strata, E: tl.constexpr, BN: tl.constexpr):
+    """Sampled keys of one batch row, bytes `[strata, E]`, and their scales; of `[T]` queries that see start to end - 1, which of them each sees.
+
+    Grid: enough for blocks of BN keys and of BN queries.
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    key = tl.minimum(sampled_key(n, stride), S - 1)
+    channel = tl.arange(0, E)[None, :]
+    here = n < strata
+    tl.store(SAMPLED + (n * E)[:, None] + channel, tl.load(K + (key.to(tl.int64) * E)[:, None] + channel, mask=here[:, None]), mask=here[:, None])
+    tl.store(SAMPLED_SCALE + n, tl.load(SCALE + key.to(tl.int64) * stride_s, mask=here), mask=here)
+    start, end = tl.load(START + n, mask=n < T, other=0), tl.load(END + n, mask=n < T, other=0)
+    start, end = tl.minimum(tl.maximum(start, 0), S), tl.minimum(tl.maximum(end, 0), S)
+    # One key of each stratum is sampled, and keys ascend with the strata.
+    tl.store(FIRST + n, start // stride + (sampled_key(start // stride, stride) < start), mask=n < T)
+    tl.store(LAST + n, end // stride + (sampled_key(end // stride, stride) < end), mask=n < T)
 
 
 def _sample(k: Tensor, k_scale: Tensor, start: Tensor, end: Tensor, budget: int, tile: Tile) -> tuple[Tensor, ...]:

@@ -146,25 +146,6 @@ def sampled_key(stratum, stride):
     return stratum * stride + (x % stride.to(tl.uint32)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["stride", "strata"])
-def sampled_kernel(K, SCALE, START, END, SAMPLED, SAMPLED_SCALE, FIRST, LAST, stride_s, T, S, stride, strata, E: tl.constexpr, BN: tl.constexpr):
-    """Sampled keys of one batch row, bytes `[strata, E]`, and their scales; of `[T]` queries that see start to end - 1, which of them each sees.
-
-    Grid: enough for blocks of BN keys and of BN queries.
-    """
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    key = tl.minimum(sampled_key(n, stride), S - 1)
-    channel = tl.arange(0, E)[None, :]
-    here = n < strata
-    tl.store(SAMPLED + (n * E)[:, None] + channel, tl.load(K + (key.to(tl.int64) * E)[:, None] + channel, mask=here[:, None]), mask=here[:, None])
-    tl.store(SAMPLED_SCALE + n, tl.load(SCALE + key.to(tl.int64) * stride_s, mask=here), mask=here)
-    start, end = tl.load(START + n, mask=n < T, other=0), tl.load(END + n, mask=n < T, other=0)
-    start, end = tl.minimum(tl.maximum(start, 0), S), tl.minimum(tl.maximum(end, 0), S)
-    # One key of each stratum is sampled, and keys ascend with the strata.
-    tl.store(FIRST + n, start // stride + (sampled_key(start // stride, stride) < start), mask=n < T)
-    tl.store(LAST + n, end // stride + (sampled_key(end // stride, stride) < end), mask=n < T)
-
-
 @triton.jit
 def scores_of(
     q, w, Q, W, K, K_SCALE, TABLE, key, real, stride_qt, stride_qj, stride_kb, stride_ks, stride_sb, stride_ss, t0, T, J, E,
@@ -227,7 +208,7 @@ def sample_kernel(
 def point_of(values, key, number, wanted, most, highest, start, end, position):
     """The point of the order, (score, position), that `wanted` to `most` of a sample reach; `position` where no plateau is cut.
 
-    Values are scores as `ordered` gives them, `number` of them, NaN where a key isn't seen; `highest` is the largest, and not -0.0.
+    Values are scores, `number` of them, NaN where a key isn't seen; `highest` is the largest, and not -0.0.
     """
     known = tl.abs(values) < float("inf")
     mean = tl.sum(tl.where(known, values, 0.0)) / number
@@ -252,19 +233,19 @@ def threshold_kernel(
     point, position = tl.full([], -FINITE, tl.float32), tl.full([], LOWEST, tl.int32)  # everything
     if end - start > few:
         stratum = tl.arange(0, BM)
-        key = sampled_key(stratum, stride)
-        seen = (key >= start) & (key < end)
-        values = ordered(tl.load(SAMPLE + row.to(tl.int64) * BM + stratum, mask=seen, other=0.0))
+        seen = (stratum * stride >= start) & (stratum * stride + stride <= end)  # whole strata, so that keys matter in plateaus only
+        values = tl.load(SAMPLE + row.to(tl.int64) * BM + stratum, mask=seen, other=float("nan"))
         if KEEP:
-            values = with_kept(values, key, start, end, keep_first, keep_recent)
-        number = tl.sum(seen.to(tl.int32))
+            values = tl.where(seen, with_kept(values, sampled_key(stratum, stride), start, end, keep_first, keep_recent), float("nan"))
+        number = tl.maximum(end // stride - tl.cdiv(start, stride), 0)
         # As many of the sample are expected among the k best; five standard deviations more are hardly ever.
         expected = budget * (number / (end - start).to(tl.float32))
         wanted = tl.ceil(expected + 5 * tl.sqrt(expected) + 4).to(tl.int32)
         most = wanted + wanted // 16  # the search may stop early
         if wanted <= number:
-            highest = tl.max(tl.where(seen, values, float("-inf"))) + 0.0  # -0.0 becomes 0.0
-            point, position = point_of(tl.where(seen, values, float("nan")), key, number, wanted, most, highest, start, end, position)
+            key = sampled_key(stratum, stride)
+            highest = tl.max(values) + 0.0  # -0.0 becomes 0.0
+            point, position = point_of(values, key, number, wanted, most, highest, start, end, position)
     tl.store(SCORE + row, point)
     tl.store(POSITION + row, position)
 
