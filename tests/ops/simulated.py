@@ -268,8 +268,8 @@ def _nothing(*args: Any, **options: Any) -> None:
 LANGUAGE = SimpleNamespace(
     **{name: getattr(torch, name) for name in ("uint8", "int32", "int64", "float32", "bfloat16", "float16")},
     **{name: getattr(torch, name) for name in ("abs", "exp", "exp2", "log2", "permute", "where", "zeros_like")},
-    maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
-    minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+    maximum=lambda a, b: torch.fmax(torch.as_tensor(a), torch.as_tensor(b)),  # of NaN and a number the number, as on a card
+    minimum=lambda a, b: torch.fmin(torch.as_tensor(a), torch.as_tensor(b)),
     constexpr=None,
     float8e4nv=torch.float8_e4m3fn,
     uint32=torch.int32,  # of which torch has next to nothing; here for bits that are no negative number

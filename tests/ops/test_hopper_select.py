@@ -110,12 +110,12 @@ def test_the_same_for_any_number_of_programs(programs: int, sampled: None, flagg
     assert sum(flagged) == 0
 
 
-def test_a_plateau_of_equal_scores_is_cut_at_a_position(sampled: None) -> None:
-    q, (k, scale), weights = whole_numbers(S=1500)
-    k[:, 400:1100], scale[:, 400:1100] = k[:, :1], scale[:, :1]
-    k[:, 1200:] = k[:, 1:2]
-    for budget in (20, 300):
-        compare((q, (k, scale), weights), budget, with_scores=True)
+def test_a_plateau_of_equal_scores_is_cut_at_a_position(sampled: None, flagged: list[int]) -> None:
+    q, (k, scale), weights = whole_numbers(S=2500)
+    k[:, 100:2400], scale[:, 100:2400] = k[:, :1], scale[:, :1]  # more than there is room for
+    assert candidates.sampling(20, 2500, 128)[0] > 0 and candidates.sampling(20, 2500, 128)[3] < 2300
+    compare((q, (k, scale), weights), 20, with_scores=True)
+    assert sum(flagged) == 0
 
 
 def test_best_keys_that_all_lie_together(sampled: None, flagged: list[int]) -> None:
@@ -132,6 +132,21 @@ def test_nan_is_worse_than_any_score(sampled: None, flagged: list[int]) -> None:
     scale[:, 310:] = torch.nan  # fewer others than are wanted
     compare((q, (k, scale), weights), 30)
     assert sum(flagged) == 9
+
+
+def test_nan_in_what_is_seen_is_nan_in_its_lse(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, (k, scale), weights = whole_numbers(T=8)
+    scale[:, :3] = torch.nan
+    start = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 3]], dtype=torch.int32)
+    end = torch.tensor([[1, 2, 3, 300, 300, 40, 300, 4]], dtype=torch.int32)
+    for few in (candidates.FEW_KEYS, 0):
+        monkeypatch.setattr(candidates, "FEW_KEYS", few)
+        selection, lse = moved_to(
+            "cpu", select(*moved_to(DEVICE, (q, (k, scale), weights)), 5, start=start.to(DEVICE), end=end.to(DEVICE), impl="hopper", with_scores=True)
+        )
+        wanted, theirs = select(q, (k, scale), weights, 5, start=start, end=end, impl="reference", with_scores=True)
+        assert torch.equal(selection.indices, wanted.indices) and torch.equal(lse.isnan(), theirs.isnan())
+        torch.testing.assert_close(lse, theirs, equal_nan=True, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("loud", (True, False))
@@ -184,6 +199,8 @@ def test_what_it_cannot_run_it_refuses_by_name(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(kernels, "ROWS", 8)
     with pytest.raises(ValueError, match="Triton kernels select up to 8192 keys, got a budget of 9000"):
         select(q, tuple(x.expand(1, 10_000, *x.shape[2:]).contiguous() for x in (k[:, :1], k_scale[:, :1])), weights, 9000, impl="hopper")
+    with pytest.raises(ValueError, match="Triton kernels select up to 8192 keys, got a budget of 20000"):  # which no sampling serves
+        select(q, tuple(x.expand(1, 1 << 17, *x.shape[2:]).contiguous() for x in (k[:, :1], k_scale[:, :1])), weights, 20_000, impl="hopper")
     monkeypatch.setattr(kernels, "WORK", 4096)
     with pytest.raises(ValueError, match="4096 channels of all heads at least, got 16 heads of 64"):
         select(q, (k, k_scale), weights, 5, impl="hopper")

@@ -24,14 +24,14 @@ STRATA = 32768  # keys that a row may have to be sampled at
 SAMPLE = 4096  # keys that a row is sampled at, at most
 CAPACITY = 1024  # candidates that a row may have, at least
 ROOM = 1  # tiles of keys by which thresholds may be too low, because they are cut at tiles
-FEW_KEYS = 4096  # of which all may be candidates, if there is room for them: sampling takes longer than choosing from more
+FEW_KEYS = 4096  # rows of so many keys or fewer aren't sampled if there is room for all: sampling takes longer than choosing from more
 SPLIT = 1024  # keys that a program walks, at least, where a row is split
 
 
 def sampling(budget: int, S: int, BN: int) -> tuple[int, int, int, int]:
     """How the best `budget` of up to S keys are looked for, with tiles of BN: (strata, keys in one, few, candidates that a row may have).
 
-    A row of `few` keys at most isn't sampled: all are candidates; so is none where there are no strata.
+    A row that sees `few` keys at most isn't sampled: all are candidates. Without strata no row is. `budget` is at most BUDGET.
     """
     strata = max(16, min(SAMPLE, triton.next_power_of_2(S) // 8, triton.next_power_of_2(triton.cdiv(64 * S, budget))))
     while True:
@@ -41,7 +41,7 @@ def sampling(budget: int, S: int, BN: int) -> tuple[int, int, int, int]:
         few = math.ceil(stride * wanted)
         likely = stride * (wanted + 5 * math.sqrt(wanted)) + BN * ROOM
         capacity = triton.next_power_of_2(max(CAPACITY, budget, math.ceil(likely)))
-        if capacity >= S and (S <= FEW_KEYS or 2 * few >= S):
+        if capacity >= S and (S <= FEW_KEYS or 2 * few >= S):  # of longer ones a sample must spare half
             capacity = max(CAPACITY, triton.next_power_of_2(S))
             return 0, 1, capacity, capacity
         if capacity <= 2 * BUDGET:
@@ -125,7 +125,14 @@ def select_many(
     finder: Finder | None = None,
     out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `select`, where scores are never written; `out`, contiguous, is where to write what is returned."""
+    """As `select`, where scores are never written.
+
+    Args:
+        prepared, start, end: what is scored, and the keys that each query may select from.
+        finder: finds the candidates of all queries at once, whose memory the caller has seen to. Rows that are done again are scored by
+            Triton: their best may differ from those by the finder's scores where these are within rounding.
+        out: contiguous, where to write what is returned.
+    """
     inputs, strides, tile, constants, (B, T, S, J, E) = prepared.inputs, prepared.strides, prepared.tile, prepared.constants, prepared.sizes
     device, rows = start.device, B * T
     start, end = start.contiguous(), end.contiguous()
@@ -149,11 +156,12 @@ def select_many(
     # One piece of memory holds the sample of a chunk of rows, then their candidates, then all scores of those that are done again.
     per_row = max(8 * splits * segment, 4 * strata)
     step = max(1, (workspace_mb << 20) // (BQ * (per_row + 16 * splits)))
-    step = min(tiles, step // PROGRAMS * PROGRAMS or step)  # whole waves of programs
+    step = tiles if finder is not None else min(tiles, step // PROGRAMS * PROGRAMS or step)  # whole waves of programs
     held = min(rows, step * BQ)
     again, scratch = min(PROGRAMS, tiles), 0
     if strata and not constants["LOADED"]:
-        again = max(1, min(again, (workspace_mb << 20) // (4 * BQ * S)))
+        room = (workspace_mb << 20) - (4 * strata * held if finder is not None else 0)  # whose sample has memory of its own
+        again = max(1, min(again, room // (4 * BQ * S)))
         scratch = again * 4 * BQ * S
     memory = torch.empty(triton.cdiv(max(held * per_row, scratch), 8), dtype=torch.int64, device=device)
     points = torch.empty(held, dtype=torch.float32, device=device)

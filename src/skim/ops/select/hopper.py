@@ -35,9 +35,8 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
     if T < ROWS:
         return f"it takes {ROWS} queries at a time, at least, got {T}"
     together = torch.empty(len(q), S, k.shape[2], dtype=k.dtype, device="meta")
-    reason = score.refusal("index_scores", (q, together, *args[2:7], workspace_mb, None)) or implementation("select", "triton", q.device).refusal(
-        function, args
-    )
+    portable = implementation("select", "triton", q.device)
+    reason = score.refusal("index_scores", (q, together, *args[2:7], workspace_mb, None)) or portable.refusal(function, args)
     if reason is None and J * E < WORK:
         reason = f"it selects by {WORK} channels of all heads at least, got {J} heads of {E}"
     if reason is None and _fitting(Tile.of(q), S, budget, workspace_mb, _sizes(S)[0]) < ROWS:

@@ -171,8 +171,9 @@ def _of_segment(largest, total, BQ: gl.constexpr):
     """Maximum and sum of exponentials of a warp, from those of its threads, in each of them."""
     inside, sums = gl.reshape(largest, (4, 8, BQ)), gl.reshape(total, (4, 8, BQ))
     maximum = gl.maximum(inside, gl.expand_dims(gl.max(inside, 1), 1))
-    base, own = gl.where(gl.abs(maximum) == float("inf"), 0.0, maximum), gl.where(gl.abs(inside) == float("inf"), 0.0, inside)
-    sums = gl.where(inside == float("-inf"), 0.0, sums * gl.exp(own - base))
+    base = gl.where(gl.abs(maximum) == float("inf"), 0.0, maximum)
+    own = gl.where(inside == float("-inf"), base, gl.where(inside == float("inf"), 0.0, inside))  # a sum of NaN alone stays
+    sums = sums * gl.exp(own - base)
     sums = gl.expand_dims(gl.sum(sums, 1), 1) + gl.zeros_like(sums)
     layout: gl.constexpr = _pairs(BQ)
     return gl.convert_layout(gl.reshape(maximum, (ROWS // 2, BQ)), layout), gl.convert_layout(gl.reshape(sums, (ROWS // 2, BQ)), layout)

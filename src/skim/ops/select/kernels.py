@@ -1,4 +1,4 @@
-"""Exact top-k of index scores as Triton kernels; triton.py beside this file launches them.
+"""Exact top-k of index scores as Triton kernels; candidates.py beside this file launches them.
 
 A sample of a row's scores gives a threshold that its k best keys are above with room to spare; what is above it, a few
 thousand candidates, is kept while the scores are made; the k best of these are the k best of all. That this holds is

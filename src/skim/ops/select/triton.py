@@ -35,11 +35,11 @@ def refusal(function: str, args: tuple) -> str | None:
     else:
         keys, budget = length(args[1], args[12]), args[7]
         reason = score.refusal(function, args)
+    if reason is None and min(budget, keys) > BUDGET:
+        reason = f"Triton kernels select up to {BUDGET} keys, got a budget of {budget}"
     # A tile of `_top_k_in_parts` is 2048 keys.
     if reason is None and sampling(min(budget, max(keys, 1)), max(keys, 1), 2048 if function == "top_k" else 128)[0] > STRATA:
         reason = f"Triton kernels sample up to {STRATA} keys of a row, and {keys} keys with a budget of {budget} need more"
-    if reason is None and min(budget, keys) > BUDGET:
-        reason = f"Triton kernels select up to {BUDGET} keys, got a budget of {budget}"
     return reason
 
 
