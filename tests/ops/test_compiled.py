@@ -18,7 +18,7 @@ HALVES = [("attend", "latent"), ("score", "select", "align", "codec")]  # about 
 
 # Of kernels in the form "sm_90 32/2 128 attend forward union": heads/key heads, channels, call, kernel.
 WITHOUT_PRODUCTS = (
-    r"(unite|prepare|combine|last_reads|(threshold|part_candidates|choose|choose_parts|lse)_kernel"
+    r"(unite|prepare|combine|last_reads|(sampled|threshold|part_candidates|choose|choose_parts)_kernel"
     r"|_quantise|_dequantise|_hadamard|_rotate|_index_keys)$|top_k"
 )
 FLOAT32 = r"index_scores_backward"  # exact products: matrix units have none
