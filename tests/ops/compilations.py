@@ -145,7 +145,7 @@ def hopper_select(capability: int) -> Iterator[Call]:
         finder = kernels.Candidates(q, weights, weights, k, scales, zeros(T), zeros(T), (points,) if sampled else (), *options)
         found = points, zeros(T), empty(1, dtype=torch.int64), zeros(1), points, points
         name = f"{J}x{E} candidates{'' if sampled else ', all'}{', some kept, with scores' if keep else ''}"
-        yield name, partial(finder.find, slice(0, T), *found, 2192)
+        yield name, partial(finder.find, *found, 2192)
 
 
 def named(shape: tuple[int, int, int, int], calls: Iterable[Call]) -> Iterator[Call]:
@@ -210,8 +210,7 @@ def select(capability: int) -> Iterator[Call]:
     if capability == 90:
         hopper = import_module("skim.ops.select.hopper")
         keys = empty(1, S, 128, dtype=torch.float8_e4m3fn), empty(1, S, dtype=torch.float32)
-        tile = import_module("skim.ops.score.triton").Tile(BN=128, BQ=2, BJ=64, BE=128, HEADS=1, WARPS=4, stages=3)
-        yield "sampled keys", partial(hopper._sample, *keys, *interval, 2048, tile)
+        yield "sampled keys", partial(hopper._sample, *keys, *interval, 4096, 32)
 
 
 def align(capability: int) -> Iterator[Call]:

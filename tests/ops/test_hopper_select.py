@@ -221,7 +221,7 @@ def test_candidates_fit_into_the_workspace(monkeypatch: pytest.MonkeyPatch) -> N
         tile = Tile(BN=128, BQ=2, BJ=64, BE=128, HEADS=1, WARPS=4, stages=3)
         strata, _, _, capacity = candidates.sampling(min(2048, S), S, tile.BN)
         for size in sizes:
-            rows = kernels._fitting(tile, S, 2048, 64, size)
+            rows = kernels._fitting(strata, capacity, tile, S, 64, size)
             splits = -(-S // size) * finding.PARTS.value
             assert rows * (splits * 8 * candidates.segment_of(capacity, size // finding.PARTS.value, tile.BN) + 4 * strata) <= 64 << 20
 

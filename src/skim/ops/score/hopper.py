@@ -318,12 +318,12 @@ def _score(
         mbarrier.arrive(answered.index(buffer), count=1)
 
 
-@gluon.jit(do_not_specialize=["turns", "tiles", "row_tiles", "chunk", "T"])
-def forward(
-    Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
-    J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, REGISTERS_SCORE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
-):  # fmt: skip
-    """Scores: every program serves `turns` tasks, some of the last behind the keys; a chunk's tasks are the `tiles` of the queries."""
+@gluon.jit
+def shared_memory(BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr):
+    """Places for the queries of two tasks with their weights, scales and intervals, and for STAGES blocks of keys with their scales; barriers.
+
+    `asked` and `ready` say that a task's queries and a block's keys are there, `answered` and `free` that both groups are done with them.
+    """
     q = gl.allocate_shared_memory(gl.float8e4nv, [2, BQ * BJ, BE], tile_layout(BE))
     keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, BE], tile_layout(BE))
     w = gl.allocate_shared_memory(gl.float32, [2, BQ * BJ], LINES)
@@ -341,6 +341,16 @@ def forward(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=128)
         mbarrier.init(free.index(stage), count=2)
+    return q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free
+
+
+@gluon.jit(do_not_specialize=["turns", "tiles", "row_tiles", "chunk", "T"])
+def forward(
+    Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
+    J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, REGISTERS_SCORE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
+):  # fmt: skip
+    """Scores: every program serves `turns` tasks, some of the last behind the keys; a chunk's tasks are the `tiles` of the queries."""
+    q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free = shared_memory(BQ, BJ, BE)
     gl.warp_specialize(
         [
             (_score, (

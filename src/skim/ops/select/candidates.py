@@ -60,13 +60,11 @@ class Finder(Protocol):
     def split(self) -> int:
         """Keys of a segment, at most."""
 
-    def sample(self, rows: slice) -> Tensor:
-        """float32 `[rows, strata]`: what some rows score the keys that they are sampled at."""
+    def sample(self) -> Tensor:
+        """float32 `[rows, strata]`: what rows score the keys that they are sampled at."""
 
-    def find(
-        self, rows: slice, points: Tensor, positions: Tensor, entries: Tensor, counts: Tensor, maxima: Tensor, sums: Tensor, segment: int
-    ) -> None:
-        """Finds the candidates of some rows, of which all that is given is. Nothing is in points and positions where no row is sampled."""
+    def find(self, points: Tensor, positions: Tensor, entries: Tensor, counts: Tensor, maxima: Tensor, sums: Tensor, segment: int) -> None:
+        """Finds the candidates. Nothing is in points and positions where no row is sampled."""
 
 
 def selection(B: int, T: int, budget: int, with_scores: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,7 +176,7 @@ def select_many(
         place = tile0, row0, T, S, J, E
         if strata:
             if finder is not None:
-                sample = finder.sample(slice(row0, row0 + here))
+                sample = finder.sample()
             else:
                 sample = memory.view(torch.float32)
                 shares = min(max(1, PROGRAMS // number), triton.cdiv(strata, BN))
@@ -191,7 +189,7 @@ def select_many(
                 BM=strata, KEEP=sum(keep) > 0, num_warps=min(16, max(1, strata // 1024)),
             )  # fmt: skip
         if finder is not None:
-            finder.find(slice(row0, row0 + here), points, positions, memory, found, maxima, sums, segment)
+            finder.find(points, positions, memory, found, maxima, sums, segment)
         else:
             candidates_kernel[(number, splits)](
                 *inputs, start, end, points, positions, memory, found, maxima, sums, *strides, *place, budget, *keep, split, segment,

@@ -39,8 +39,11 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
     reason = score.refusal("index_scores", (q, together, *args[2:7], workspace_mb, None)) or portable.refusal(function, args)
     if reason is None and J * E < WORK:
         reason = f"it selects by {WORK} channels of all heads at least, got {J} heads of {E}"
-    if reason is None and _fitting(Tile.of(q), S, budget, workspace_mb, _sizes(S)[0]) < ROWS:
-        reason = f"it takes {ROWS} queries at a time, at least, and {workspace_mb} MiB have no room for their candidates among {S} keys"
+    if reason is None:
+        tile = Tile.of(q)
+        strata, _, _, capacity = _sampling(tile, S, budget)
+        if _fitting(strata, capacity, tile, S, workspace_mb, _sizes(S)[0]) < ROWS:
+            reason = f"it takes {ROWS} queries at a time, at least, and {workspace_mb} MiB have no room for their candidates among {S} keys"
     return reason
 
 
@@ -49,9 +52,13 @@ def _sizes(S: int) -> list[int]:
     return sorted({triton.cdiv(triton.cdiv(max(S, 1), n), KEYS.value) * KEYS.value for n in range(1, CHUNKS + 1)}, reverse=True)
 
 
-def _fitting(tile: Tile, S: int, budget: int, workspace_mb: int, size: int) -> int:
+def _sampling(tile: Tile, S: int, budget: int) -> tuple[int, int, int, int]:
+    """As `sampling`, of no keys too."""
+    return sampling(min(budget, max(S, 1)), max(S, 1), tile.BN)
+
+
+def _fitting(strata: int, capacity: int, tile: Tile, S: int, workspace_mb: int, size: int) -> int:
     """How many queries the workspace has room for, where tasks have `size` keys."""
-    strata, _, _, capacity = sampling(min(budget, max(S, 1)), max(S, 1), tile.BN)
     segment = segment_of(capacity, size // PARTS.value, tile.BN)
     return (workspace_mb << 20) // (triton.cdiv(max(S, 1), size) * PARTS.value * (8 * segment + 16) + 4 * strata)
 
@@ -83,10 +90,9 @@ def sampled_kernel(K, SCALE, START, END, SAMPLED, SAMPLED_SCALE, FIRST, LAST, st
     tl.store(LAST + n, end // stride + (sampled_key(end // stride, stride) < end), mask=n < T)
 
 
-def _sample(k: Tensor, k_scale: Tensor, start: Tensor, end: Tensor, budget: int, tile: Tile) -> tuple[Tensor, ...]:
+def _sample(k: Tensor, k_scale: Tensor, start: Tensor, end: Tensor, strata: int, stride: int) -> tuple[Tensor, ...]:
     """Sampled keys `[1, strata, E]` of k `[1, S, E]`, their scales, and which of them queries that see start to end - 1 `[1, T]` see."""
     (_, S, E), T = k.shape, start.shape[1]
-    strata, stride, _, _ = sampling(min(budget, S), S, tile.BN) if S else (0, 1, 0, 0)
     if strata == 0:
         return ()
     keys, scale = k.new_empty(1, strata, E), k_scale.new_empty(1, strata)
@@ -123,8 +129,9 @@ def select(
         row = slice(b, b + 1)
         keys, scale = _keys(k, k_scale, block_table, b)
         whole = Prepared.of(q[row], keys, weights[row], q_scale[row], scale)
-        sampled = _sample(keys, scale, start[row], end[row], budget, whole.tile)
-        fitting = partial(_fitting, whole.tile, S, budget, workspace_mb)
+        strata, stride, _, capacity = _sampling(whole.tile, S, budget)
+        sampled = _sample(keys, scale, start[row], end[row], strata, stride)
+        fitting = partial(_fitting, strata, capacity, whole.tile, S, workspace_mb)
         step, wave = fitting(sizes[0]), programs * queries
         step = step // wave * wave or step  # whole waves of programs
         for origin in range(0, T, step):

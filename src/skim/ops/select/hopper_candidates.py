@@ -29,16 +29,16 @@ from skim.ops.score.hopper import (
     queries_of,
     row_copy,
     scores_layout,
+    shared_memory,
     task_of,
-    tile_layout,
     tile_scores,
     weights_of,
 )
+from skim.ops.select.kernels import FINITE
 
 PARTS = gl.constexpr(8)  # warps that score
 PART = gl.constexpr(32)  # keys of a block that one of them scores
 PIECE = gl.constexpr(16)  # of these, in one product
-FINITE = gl.constexpr(3.4028234663852886e38)
 
 
 @gluon.constexpr_function
@@ -265,25 +265,9 @@ def find(
     SAMPLED: gl.constexpr, KEEP: gl.constexpr, WITH_SCORES: gl.constexpr, REGISTERS_COMPARE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
 ):  # fmt: skip
     """What `candidates_kernel` of kernels.py finds: every program serves `turns` tasks, some of the last behind the keys."""
-    q = gl.allocate_shared_memory(gl.float8e4nv, [2, BQ * BJ, BE], tile_layout(BE))
-    keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, BE], tile_layout(BE))
-    w = gl.allocate_shared_memory(gl.float32, [2, BQ * BJ], LINES)
-    q_scales = gl.allocate_shared_memory(gl.float32, [2, BQ * BJ], LINES)
-    starts = gl.allocate_shared_memory(gl.int32, [2, BQ], LINES)
-    ends = gl.allocate_shared_memory(gl.int32, [2, BQ], LINES)
+    q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free = shared_memory(BQ, BJ, BE)
     points = gl.allocate_shared_memory(gl.float32, [2, BQ], LINES)
     positions = gl.allocate_shared_memory(gl.int32, [2, BQ], LINES)
-    scales = gl.allocate_shared_memory(gl.float32, [STAGES, KEYS], LINES)
-    asked = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    answered = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(asked.index(i), count=128)
-        mbarrier.init(answered.index(i), count=2)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=128)
-        mbarrier.init(free.index(stage), count=2)
     gl.warp_specialize(
         [
             (_compare, (
@@ -343,23 +327,20 @@ class Candidates:
     def split(self) -> int:
         return self.chunk // PARTS.value
 
-    def sample(self, rows: slice) -> Tensor:
-        q, weights, q_scale = (x[None, rows] for x in (self.q, self.weights, self.q_scale))
+    def sample(self) -> Tensor:
         keys, scale, first, last = self.sampled
-        return index_scores(q, keys, weights, q_scale, scale, first[:, rows], last[:, rows], 0)[0]
+        return index_scores(self.q[None], keys, self.weights[None], self.q_scale[None], scale, first, last, 0)[0]
 
-    def find(
-        self, rows: slice, points: Tensor, positions: Tensor, entries: Tensor, counts: Tensor, maxima: Tensor, sums: Tensor, segment: int
-    ) -> None:
-        q, weights, q_scale, start, end = (x[rows] for x in (self.q, self.weights, self.q_scale, self.start, self.end))
-        (T, J, E), S = q.shape, self.k.shape[0]
+    def find(self, points: Tensor, positions: Tensor, entries: Tensor, counts: Tensor, maxima: Tensor, sums: Tensor, segment: int) -> None:
+        (T, J, E), S = self.q.shape, self.k.shape[0]
         BJ, BQ = triton.next_power_of_2(J), queries_of(J)
         tiles = triton.cdiv(T, BQ)
         tasks = tiles * triton.cdiv(S, self.chunk)
         programs = min(tasks, self.programs)
         find[(programs,)](
-            q, weights, q_scale, self.k, self.k_scale, start, end, points, positions, entries, counts, maxima, sums, segment, self.k_scale.stride(0),
-            triton.cdiv(tasks, programs), tiles, self.chunk, T, S, self.budget, self.keep_first, self.keep_recent, J, BQ, BJ, E,
+            self.q, self.weights, self.q_scale, self.k, self.k_scale, self.start, self.end,
+            points, positions, entries, counts, maxima, sums, segment, self.k_scale.stride(0), triton.cdiv(tasks, programs), tiles, self.chunk, T, S,
+            self.budget, self.keep_first, self.keep_recent, J, BQ, BJ, E,
             len(self.sampled) > 0, self.keep_first + self.keep_recent > 0, self.with_scores, *REGISTERS[BQ * BJ],
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
