@@ -1,15 +1,17 @@
 """Index scores of FP8 on sm_90 in Gluon: `I[t, s] = sum_j w[t, j] * J^-1/2 * E^-1/2 * ReLU(q[t, j] . k[s])`.
 
 A task is a tile of neighbouring queries, which with all their heads are the 256 columns of a product, and a chunk of the keys.
-A program, one a processor, serves task after task, the longest first, with three groups of four warps:
+A program, one a processor, serves task after task, the longest first, and a part of one or two of those that are left when there are
+fewer of them than programs. It has three groups of four warps:
 
 - two times `_score`: each takes one half of every block of 256 keys, multiplies 64 keys at a time with the queries, half of the
   heads after the other, and sums one half while the next is multiplied. While one group sums, the other multiplies;
-- `_load` copies the queries of the next task and the keys of the next blocks, 16 bytes at a time, and writes -inf where no query sees.
+- `_load` copies the queries of the next task, 16 bytes at a time, has the copy engine bring the keys of the next blocks, and writes -inf
+  where no query sees.
 
-A row of a product is a key, and a thread holds two rows. Heads stand in such an order that all of a query lie in one thread, keys
-in such an order that the two of a thread are neighbours. The groups hand over through barriers in shared memory: a barrier's n-th
-wait is for phase n % 2; who waits for something to become free waits for the phase before, which a new barrier has behind it.
+A row of a product is a key, and a thread holds two rows. Heads stand in such an order that all of a query lie in one thread.
+The groups hand over through barriers in shared memory: a barrier's n-th wait is for phase n % 2; who waits for something to become
+free waits for the phase before, which a new barrier has behind it.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from skim.ops.dispatch import processors
-from skim.ops.gluon import LINES, copy
+from skim.ops.gluon import LINES, copy, fetch
 
 ROWS = gl.constexpr(64)  # of a product
 KEYS = gl.constexpr(256)  # of a block: two groups take two times ROWS
@@ -46,10 +49,10 @@ def _dots(width):
 
 
 @gluon.constexpr_function
-def scores_layout(BQ):
-    """Layout of `[ROWS, BQ]`: what sums of heads are left in, rows in the order of their keys."""
+def _scores(BQ):
+    """Layout of `[ROWS, BQ]`: what sums of heads are left in."""
     queries = [[0, 4 << i] for i in range((BQ // 4).bit_length() - 1)]
-    return gl.DistributedLinearLayout([[1, 0], *queries], [[0, 1], [0, 2], [2, 0], [4, 0], [8, 0]], [[16, 0], [32, 0]], [], [64, BQ])
+    return gl.DistributedLinearLayout([[8, 0], *queries], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, BQ])
 
 
 @gluon.constexpr_function
@@ -80,8 +83,8 @@ def refusal(function: str, args: tuple[Any, ...]) -> str | None:
         return f"it gains nothing where heads times channels are less than {WORK}, got {J} heads of {E}"
     if block_table is not None:
         return "it reads keys in rows, not in pages"
-    if k.stride()[1:] != (E, 1) or k.data_ptr() % 16 or (k.stride(0) % 16 and k.shape[0] > 1):
-        return "it copies 16 bytes at a time, and rows of k_index don't follow each other, or begin at no multiple of 16 bytes"
+    if k.stride()[1:] != (E, 1) or k.data_ptr() % 16 or (k.stride(0) % E and k.shape[0] > 1):
+        return "rows of k_index don't follow each other, or its batch rows begin at no multiple of 16 bytes, or no whole number of rows apart"
     if q.is_contiguous() and q.data_ptr() % 16:  # others are copied
         return "it copies 16 bytes at a time, and q_index begins at no multiple of 16 bytes"
     return None
@@ -94,35 +97,82 @@ def queries_of(J: int) -> int:
 
 
 def _chunk(S: int, tiles: int, programs: int) -> int:
-    """Keys of a task, so that programs serve few rounds of short tasks, the last round with as few of them idle as can be."""
-    least = triton.cdiv(tiles * triton.cdiv(S, CHUNK), programs)
-    chunks = (rounds * programs // tiles for rounds in range(least, least + 4))
-    best = min(chunks, key=lambda n: triton.cdiv(tiles * n, programs) * (S / n + BEGINNING))
+    """Keys of a task: as many as may be, and so few that each program has a task, or that programs share tasks evenly, whichever ends first."""
+
+    def cost(chunks: int) -> float:
+        tasks, keys = tiles * chunks, S / chunks + BEGINNING
+        return keys if tasks <= programs else tasks / programs * keys + BEGINNING
+
+    best = min((max(n, triton.cdiv(S, CHUNK)) for n in (programs // tiles, programs // tiles + 1)), key=cost)
     return triton.cdiv(triton.cdiv(S, best), KEYS.value) * KEYS.value
 
 
 @gluon.jit
-def task_of(turn, tiles, row_tiles, chunk, BQ: gl.constexpr):
-    """Row of the batch, first query and first key of this program's task.
+def _turn_of(turn):
+    """Where this program stands in a round: rounds run forwards and backwards in turns, so that all programs have the same work."""
+    program = gl.program_id(0)
+    return gl.where(turn % 2 == 0, program, gl.num_programs(0) - 1 - program)
 
-    Tasks of one chunk follow each other: they find their keys in L2. The last queries, which see most, come first, and programs
-    take them in turns from the first to the last and from the last to the first, so that all have the same work.
+
+@gluon.jit
+def task_of(task, tiles, row_tiles, chunk, BQ: gl.constexpr):
+    """Row of the batch, first query and first key of a task.
+
+    Tasks of one chunk follow each other: they find their keys in L2. The last queries, which see most, come first.
     """
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    task = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
     tile = tiles - 1 - task % tiles
     return (tile // row_tiles).to(gl.int64), tile % row_tiles * BQ, task // tiles * chunk
 
 
 @gluon.jit
-def _walk(start, end, origin, chunk, S):
-    """From which block to which queries with these intervals see keys of a chunk; its blocks, from and to, none behind the last key."""
+def whole_task(turn, tiles, chunk, BQ: gl.constexpr):
+    """First query and first key of this program's task of a round, of one row of the batch."""
+    _, t0, origin = task_of(turn * gl.num_programs(0) + _turn_of(turn), tiles, tiles, chunk, BQ)
+    return t0, origin
+
+
+@gluon.jit
+def _left(tasks):
+    """Whole rounds, tasks left behind them, and where this program's share of these begins, in tasks / programs: it has as many as are left."""
+    programs = gl.num_programs(0)
+    rounds, left = tasks // programs, tasks % programs
+    return rounds, left, _turn_of(rounds) * left
+
+
+@gluon.jit
+def _parts(tasks):
+    """How many tasks and parts of tasks this program serves."""
+    rounds, left, begin = _left(tasks)
+    return rounds + gl.cdiv(begin % gl.num_programs(0) + left, gl.num_programs(0))
+
+
+@gluon.jit
+def _part(n, tasks):
+    """This program's n-th task, and from where to where it serves it, in tasks / programs."""
+    programs = gl.num_programs(0)
+    rounds, left, begin = _left(tasks)
+    beyond, share = n - rounds, begin % programs
+    task = gl.where(beyond < 0, n * programs + _turn_of(n), rounds * programs + begin // programs + beyond)
+    low = gl.where(beyond == 0, share, 0)
+    high = gl.where(beyond < 0, programs, gl.minimum(share + left - beyond * programs, programs))
+    return task, low, high
+
+
+@gluon.jit
+def _walk(start, end, origin, chunk, S, low, high):
+    """From which block to which queries with these intervals see keys of a part of a task; its blocks, from and to, none behind the last key.
+
+    Parts, `low` to `high` of as many as there are programs, share what is seen of a task; what nobody sees is in the first and the last.
+    """
+    programs = gl.num_programs(0)
     seen = end > start
-    low = gl.min(gl.where(seen, start, S), 0)
-    high = gl.max(gl.where(seen, end, 0), 0)
+    least = gl.min(gl.where(seen, start, S), 0)
+    most = gl.max(gl.where(seen, end, 0), 0)
     first, last = origin // KEYS, gl.cdiv(gl.minimum(origin + chunk, S), KEYS)
-    begin = gl.minimum(gl.maximum(low // KEYS, first), last)
-    return begin, gl.maximum(gl.minimum(gl.cdiv(high, KEYS), last), begin), first, last
+    begin = gl.minimum(gl.maximum(least // KEYS, first), last)
+    blocks = gl.maximum(gl.minimum(gl.cdiv(most, KEYS), last) - begin, 0)
+    stop, begin = begin + blocks * high // programs, begin + blocks * low // programs
+    return begin, stop, gl.where(low == 0, first, begin), gl.where(high == programs, last, stop)
 
 
 @gluon.jit
@@ -136,12 +186,6 @@ def _column(column, BQ: gl.constexpr, BJ: gl.constexpr):
     inner = column % WIDTH
     eight = inner // 8
     return eight // (HALF // 2) * 4 + inner % 8 // 2, column // WIDTH * HALF + eight % (HALF // 2) * 2 + inner % 2
-
-
-@gluon.jit
-def _key(row):
-    """Place of each row's key in its block: rows r and r + 8 are neighbours."""
-    return row // 16 * 16 + row % 8 * 2 + row // 8 % 2
 
 
 @gluon.jit
@@ -175,46 +219,46 @@ def load_queries(
 
 @gluon.jit
 def _load(
-    Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
+    Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, tasks, tiles, row_tiles, chunk, T, S,
     q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free,
     J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr,
 ):  # fmt: skip
-    """Copy queries and keys."""
-    layout: gl.constexpr = row_copy(BE)
-    row, channel = _key(gl.arange(0, KEYS, gl.SliceLayout(1, layout))), gl.expand_dims(gl.arange(0, BE, gl.SliceLayout(0, layout)), 0)
+    """Bring queries and keys."""
     line = gl.arange(0, KEYS, LINE)
     block = 0
-    for turn in range(turns):
-        b, t0, origin = task_of(turn, tiles, row_tiles, chunk, BQ)
-        buffer = turn % 2
-        mbarrier.wait(answered.index(buffer), (turn // 2 & 1) ^ 1)
+    for n in range(_parts(tasks)):
+        task, low, high = _part(n, tasks)
+        b, t0, origin = task_of(task, tiles, row_tiles, chunk, BQ)
+        buffer = n % 2
+        mbarrier.wait(answered.index(buffer), (n // 2 & 1) ^ 1)
         load_queries(
             Q + b * T * (J * BE), W + b * T * J, Q_SCALE + b * T * J, START + b * T, END + b * T, t0, T,
             q.index(buffer), w.index(buffer), q_scales.index(buffer), starts.index(buffer), ends.index(buffer), J, BQ, BJ, BE,
         )  # fmt: skip
         async_copy.mbarrier_arrive(asked.index(buffer), increment_count=False)  # each thread, when its copies are there
-        t = t0 + gl.arange(0, BQ, gl.SliceLayout(0, scores_layout(BQ)))
+        t = t0 + gl.arange(0, BQ, gl.SliceLayout(0, _scores(BQ)))
         start = gl.maximum(gl.load(START + b * T + t, mask=t < T, other=0), 0)
         end = gl.minimum(gl.load(END + b * T + t, mask=t < T, other=0), S)
-        begin, stop, first, last = _walk(start, end, origin, chunk, S)
-        for n in range(begin, stop):
+        begin, stop, first, last = _walk(start, end, origin, chunk, S, low, high)
+        row = b.to(gl.int32) * k_b
+        for at in range(begin, stop):
             stage = block % STAGES
-            place = n * KEYS + line
+            arrived = ready.index(stage)
+            place = at * KEYS + line
             mbarrier.wait(free.index(stage), (block // STAGES & 1) ^ 1)
-            source = K + b * k_b + gl.cast(n, gl.int64) * (KEYS * BE)
-            copy(keys.index(stage), source + gl.expand_dims(row * BE, 1) + channel, mask=gl.expand_dims(n * KEYS + row < S, 1))
+            mbarrier.expect(arrived, KEYS * BE)
+            fetch(K, [row + at * KEYS, 0], arrived, keys.index(stage))
             copy(scales.index(stage), SCALE + b * s_b + place.to(gl.int64) * s_s, mask=place < S)
-            async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
+            async_copy.mbarrier_arrive(arrived, increment_count=False)
             block += 1
         _fill(OUT + b * T * S, first, begin, t0, T, S, BQ)
         _fill(OUT + b * T * S, stop, last, t0, T, S, BQ)
 
 
 @gluon.jit
-def _multiply(k, i: gl.constexpr, q, HALF: gl.constexpr, WIDTH: gl.constexpr):
-    """Begin the products of the i-th ROWS of keys k `[.., BE]` with one half of the columns of q `[.., BE]`."""
-    zeros = gl.zeros([ROWS, WIDTH], gl.float32, _dots(WIDTH))
-    return warpgroup_mma(k.slice(i * ROWS, ROWS), q.slice(HALF * WIDTH, WIDTH).permute((1, 0)), zeros, use_acc=False, is_async=True)
+def _multiply(k, i: gl.constexpr, q, HALF: gl.constexpr, WIDTH: gl.constexpr, into, adding):
+    """Begin the products of the i-th ROWS of keys k `[.., BE]` with one half of the columns of q `[.., BE]`, in the registers of `into`."""
+    return warpgroup_mma(k.slice(i * ROWS, ROWS), q.slice(HALF * WIDTH, WIDTH).permute((1, 0)), into, use_acc=adding, is_async=True)
 
 
 @gluon.jit
@@ -243,7 +287,8 @@ def weights_of(w, scales, J: gl.constexpr, BE: gl.constexpr, WIDTH: gl.constexpr
 @gluon.jit
 def begin_products(k, q, WIDTH: gl.constexpr):
     """Begin the products of the first of two times ROWS keys, for `tile_scores`."""
-    return _multiply(k, 0, q, 0, WIDTH), _multiply(k, 0, q, 1, WIDTH)
+    zeros = gl.zeros([ROWS, WIDTH], gl.float32, _dots(WIDTH))
+    return _multiply(k, 0, q, 0, WIDTH, zeros, False), _multiply(k, 0, q, 1, WIDTH, zeros, False)
 
 
 @gluon.jit
@@ -253,31 +298,27 @@ def tile_scores(dots, k, q, first_w, second_w, free, i: gl.constexpr, BQ: gl.con
     While one half of the heads is summed, products with the other, or of the next keys, go on. Says when keys are `free`.
     """
     WIDTH: gl.constexpr = BQ * BJ // 2
+    # False, which the assembler doesn't know: it would take other registers for the next products, and have too few.
+    adding = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [0], dtype=gl.int32, is_pure=False, pack=1) != 0
     first, second = dots
-    scores = _sum_heads(warpgroup_mma_wait(1, deps=[first]), first_w, BQ, BJ)
+    first = warpgroup_mma_wait(1, deps=[first])
+    scores = _sum_heads(first, first_w, BQ, BJ)
     if i == 0:
-        first = _multiply(k, 1, q, 0, WIDTH)
-    done = warpgroup_mma_wait(1 - i, deps=[second])
+        first = _multiply(k, 1, q, 0, WIDTH, first, adding)
+    second = warpgroup_mma_wait(1 - i, deps=[second])
     if i == 1:
         mbarrier.arrive(free, count=1)
-    scores += _sum_heads(done, second_w, BQ, BJ)
+    scores += _sum_heads(second, second_w, BQ, BJ)
     if i == 0:
-        second = _multiply(k, 1, q, 1, WIDTH)
+        second = _multiply(k, 1, q, 1, WIDTH, second, adding)
     return scores, (first, second)
-
-
-@gluon.jit
-def in_key_order(scores, BQ: gl.constexpr):
-    """Scores `[ROWS, BQ]` with their keys as they follow each other."""
-    scores = gl.reshape(gl.permute(gl.reshape(scores, (4, 2, 8, BQ)), (0, 2, 1, 3)), (ROWS, BQ))
-    return gl.convert_layout(scores, scores_layout(BQ))
 
 
 @gluon.jit
 def _store(OUT, scores, scale, origin, t0, start, end, T, S, BQ: gl.constexpr):
     """Scores `[ROWS, BQ]` of the keys from `origin` on; OUT is of one row of the batch."""
-    layout: gl.constexpr = scores_layout(BQ)
-    scores = in_key_order(scores, BQ) * gl.expand_dims(scale, 1)
+    layout: gl.constexpr = _scores(BQ)
+    scores = gl.convert_layout(scores, layout) * gl.expand_dims(scale, 1)
     key = gl.expand_dims(origin + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
     t = gl.expand_dims(t0 + gl.arange(0, BQ, gl.SliceLayout(0, layout)), 0)
     visible = (key >= gl.expand_dims(start, 0)) & (key < gl.expand_dims(end, 0))
@@ -286,43 +327,44 @@ def _store(OUT, scores, scale, origin, t0, start, end, T, S, BQ: gl.constexpr):
 
 @gluon.jit
 def _score(
-    HALF: gl.constexpr, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free,
+    HALF: gl.constexpr, OUT, tasks, tiles, row_tiles, chunk, T, S, q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free,
     J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr,
 ):  # fmt: skip
     """Scores of one half of each block of keys."""
     WIDTH: gl.constexpr = BQ * BJ // 2
-    of_queries: gl.constexpr = gl.SliceLayout(0, scores_layout(BQ))
-    of_keys: gl.constexpr = gl.SliceLayout(1, scores_layout(BQ))
+    of_queries: gl.constexpr = gl.SliceLayout(0, _scores(BQ))
+    of_keys: gl.constexpr = gl.SliceLayout(1, _scores(BQ))
     block = 0
-    for turn in range(turns):
-        b, t0, origin = task_of(turn, tiles, row_tiles, chunk, BQ)
-        buffer = turn % 2
-        mbarrier.wait(asked.index(buffer), turn // 2 & 1)
+    for n in range(_parts(tasks)):
+        task, low, high = _part(n, tasks)
+        b, t0, origin = task_of(task, tiles, row_tiles, chunk, BQ)
+        buffer = n % 2
+        mbarrier.wait(asked.index(buffer), n // 2 & 1)
         fence_async_shared()
         queries = q.index(buffer)
         first_w, second_w = weights_of(w.index(buffer), q_scales.index(buffer), J, BE, WIDTH)
         start, end = gl.maximum(starts.index(buffer).load(of_queries), 0), gl.minimum(ends.index(buffer).load(of_queries), S)
-        begin, stop, _, _ = _walk(start, end, origin, chunk, S)
-        for n in range(begin, stop):
+        begin, stop, _, _ = _walk(start, end, origin, chunk, S, low, high)
+        for at in range(begin, stop):
             stage = block % STAGES
             mbarrier.wait(ready.index(stage), block // STAGES & 1)
-            fence_async_shared()
             k = keys.index(stage).slice(HALF * 2 * ROWS, 2 * ROWS)
             scale = scales.index(stage).slice(HALF * 2 * ROWS, 2 * ROWS)
             dots = begin_products(k, queries, WIDTH)
             for i in gl.static_range(2):
                 factor = scale.slice(i * ROWS, ROWS).load(of_keys)
                 scores, dots = tile_scores(dots, k, queries, first_w, second_w, free.index(stage), i, BQ, BJ)
-                _store(OUT + b * T * S, scores, factor, n * KEYS + (HALF * 2 + i) * ROWS, t0, start, end, T, S, BQ)
+                _store(OUT + b * T * S, scores, factor, at * KEYS + (HALF * 2 + i) * ROWS, t0, start, end, T, S, BQ)
             block += 1
         mbarrier.arrive(answered.index(buffer), count=1)
 
 
 @gluon.jit
-def shared_memory(BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr):
+def shared_memory(BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, ARRIVALS: gl.constexpr):
     """Places for the queries of two tasks with their weights, scales and intervals, and for STAGES blocks of keys with their scales; barriers.
 
     `asked` and `ready` say that a task's queries and a block's keys are there, `answered` and `free` that both groups are done with them.
+    ARRIVALS make a block ready: those of 128 threads that copy, and of the copy engine.
     """
     q = gl.allocate_shared_memory(gl.float8e4nv, [2, BQ * BJ, BE], tile_layout(BE))
     keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, BE], tile_layout(BE))
@@ -339,30 +381,30 @@ def shared_memory(BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr):
         mbarrier.init(asked.index(i), count=128)
         mbarrier.init(answered.index(i), count=2)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=128)
+        mbarrier.init(ready.index(stage), count=ARRIVALS)
         mbarrier.init(free.index(stage), count=2)
     return q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free
 
 
-@gluon.jit(do_not_specialize=["turns", "tiles", "row_tiles", "chunk", "T"])
+@gluon.jit(do_not_specialize=["tasks", "tiles", "row_tiles", "chunk", "T"])
 def forward(
-    Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
+    Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, tasks, tiles, row_tiles, chunk, T, S,
     J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, REGISTERS_SCORE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
 ):  # fmt: skip
-    """Scores: every program serves `turns` tasks, some of the last behind the keys; a chunk's tasks are the `tiles` of the queries."""
-    q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free = shared_memory(BQ, BJ, BE)
+    """Scores. K: boxes of KEYS rows. A chunk's tasks are the `tiles` of the queries."""
+    q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free = shared_memory(BQ, BJ, BE, 129)
     gl.warp_specialize(
         [
             (_score, (
-                0, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free,
+                0, OUT, tasks, tiles, row_tiles, chunk, T, S, q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free,
                 J, BQ, BJ, BE,
             )),
             (_score, (
-                1, OUT, turns, tiles, row_tiles, chunk, T, S, q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free,
+                1, OUT, tasks, tiles, row_tiles, chunk, T, S, q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free,
                 J, BQ, BJ, BE,
             )),
             (_load, (
-                Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, turns, tiles, row_tiles, chunk, T, S,
+                Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, tasks, tiles, row_tiles, chunk, T, S,
                 q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free, J, BQ, BJ, BE,
             )),
         ],
@@ -390,10 +432,11 @@ def index_scores(
     row_tiles = triton.cdiv(T, BQ)
     chunk = _chunk(S, B * row_tiles, programs)
     tasks = B * row_tiles * triton.cdiv(S, chunk)
-    programs = min(tasks, programs)
-    forward[(programs,)](
-        q.contiguous(), weights.float().contiguous(), q_scale.float().contiguous(), k, k_scale, start.contiguous(), end.contiguous(), scores,
-        k.stride(0) if B > 1 else 0, *k_scale.stride(), triton.cdiv(tasks, programs), B * row_tiles, row_tiles, chunk, T, S,
+    apart = k.stride(0) // E if B > 1 else 0
+    rows = TensorDescriptor.from_tensor(k.as_strided(((B - 1) * apart + S, E), (E, 1)), [KEYS.value, E], tile_layout(E))
+    forward[(min(tasks, programs),)](
+        q.contiguous(), weights.float().contiguous(), q_scale.float().contiguous(), rows, k_scale, start.contiguous(), end.contiguous(), scores,
+        apart, *k_scale.stride(), tasks, B * row_tiles, row_tiles, chunk, T, S,
         J, BQ, BJ, E, *REGISTERS[BQ * BJ], num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return scores

@@ -23,16 +23,14 @@ from skim.ops.score.hopper import (
     ROWS,
     STAGES,
     begin_products,
-    in_key_order,
     index_scores,
     load_queries,
     queries_of,
     row_copy,
-    scores_layout,
     shared_memory,
-    task_of,
     tile_scores,
     weights_of,
+    whole_task,
 )
 from skim.ops.select.kernels import FINITE
 
@@ -42,8 +40,15 @@ PIECE = gl.constexpr(16)  # of these, in one product
 
 
 @gluon.constexpr_function
+def _keys(BQ):
+    """Layout of `[ROWS, BQ]`: what sums of heads are left in, rows in the order of their keys."""
+    queries = [[0, 4 << i] for i in range((BQ // 4).bit_length() - 1)]
+    return gl.DistributedLinearLayout([[1, 0], *queries], [[0, 1], [0, 2], [2, 0], [4, 0], [8, 0]], [[16, 0], [32, 0]], [], [64, BQ])
+
+
+@gluon.constexpr_function
 def _pairs(BQ):
-    """Layout of `[ROWS // 2, BQ]`, pairs of neighbouring keys as `scores_layout` leaves them to threads."""
+    """Layout of `[ROWS // 2, BQ]`, pairs of neighbouring keys as `_keys` leaves them to threads."""
     queries = [[0, 4 << i] for i in range((BQ // 4).bit_length() - 1)]
     return gl.DistributedLinearLayout(queries, [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [32, BQ])
 
@@ -81,7 +86,7 @@ def _load(
     half, piece, part, inside = line // (KEYS // 2), line // ROWS % 2, line // PIECE % 4, line % PIECE
     block = 0
     for turn in range(turns):
-        _, t0, origin = task_of(turn, tiles, tiles, chunk, BQ)
+        t0, origin = whole_task(turn, tiles, chunk, BQ)
         buffer = turn % 2
         mbarrier.wait(answered.index(buffer), (turn // 2 & 1) ^ 1)
         load_queries(
@@ -112,6 +117,13 @@ def _load(
             copy(scales.index(stage), SCALE + scaled.to(gl.int64) * s_s, mask=scaled < S)
             async_copy.mbarrier_arrive(ready.index(stage), increment_count=False)
             block += 1
+
+
+@gluon.jit
+def _in_key_order(scores, BQ: gl.constexpr):
+    """Scores `[ROWS, BQ]` with their keys as they follow each other: a thread's two rows, 8 apart in a product, hold neighbours."""
+    scores = gl.reshape(gl.permute(gl.reshape(scores, (4, 2, 8, BQ)), (0, 2, 1, 3)), (ROWS, BQ))
+    return gl.convert_layout(scores, _keys(BQ))
 
 
 @gluon.jit
@@ -190,7 +202,7 @@ def _compare(
     WIDTH: gl.constexpr = BQ * BJ // 2
     layout: gl.constexpr = _pairs(BQ)
     of_queries: gl.constexpr = gl.SliceLayout(0, layout)
-    of_keys: gl.constexpr = gl.SliceLayout(1, scores_layout(BQ))
+    of_keys: gl.constexpr = gl.SliceLayout(1, _keys(BQ))
     pair = gl.expand_dims(gl.arange(0, ROWS // 2, gl.SliceLayout(1, layout)), 1)
     query = gl.expand_dims(gl.arange(0, BQ, of_queries), 0)
     part, within = HALF * 4 + pair // 8, pair % 8
@@ -198,7 +210,7 @@ def _compare(
     segments = gl.cdiv(S, chunk) * PARTS
     block = 0
     for turn in range(turns):
-        _, t0, origin = task_of(turn, tiles, tiles, chunk, BQ)
+        t0, origin = whole_task(turn, tiles, chunk, BQ)
         buffer = turn % 2
         mbarrier.wait(asked.index(buffer), turn // 2 & 1)
         fence_async_shared()
@@ -231,7 +243,7 @@ def _compare(
             for i in gl.static_range(2):
                 factor = scale.slice(i * ROWS, ROWS).load(of_keys)
                 found, dots = tile_scores(dots, k, queries, first_w, second_w, free.index(stage), i, BQ, BJ)
-                found = in_key_order(found, BQ) * gl.expand_dims(factor, 1)
+                found = _in_key_order(found, BQ) * gl.expand_dims(factor, 1)
                 first, second = gl.split(gl.permute(gl.reshape(found, (ROWS // 2, 2, BQ)), (0, 2, 1)))
                 first, second = gl.convert_layout(first, layout), gl.convert_layout(second, layout)
                 key = own + (n * PART + i * PIECE)
@@ -265,7 +277,7 @@ def find(
     SAMPLED: gl.constexpr, KEEP: gl.constexpr, WITH_SCORES: gl.constexpr, REGISTERS_COMPARE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
 ):  # fmt: skip
     """What `candidates_kernel` of kernels.py finds: every program serves `turns` tasks, some of the last behind the keys."""
-    q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free = shared_memory(BQ, BJ, BE)
+    q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free = shared_memory(BQ, BJ, BE, 128)
     points = gl.allocate_shared_memory(gl.float32, [2, BQ], LINES)
     positions = gl.allocate_shared_memory(gl.int32, [2, BQ], LINES)
     gl.warp_specialize(
