@@ -135,7 +135,7 @@ def test_nan_in_an_unseen_key_reaches_no_score() -> None:
 
 def test_keys_of_rows_far_apart() -> None:
     q, (k, k_scale), weights = eight(2, 5, 300)
-    apart = torch.empty(2, 500, 128, dtype=k.dtype)[:, :300].copy_(k)
+    apart = torch.empty(2, 500, 128, dtype=k.dtype, device=DEVICE)[:, :300].copy_(k)
     assert torch.equal(scores((q, (apart, k_scale), weights)), scores((q, (k, k_scale), weights)))
 
 
@@ -159,7 +159,7 @@ def test_what_it_cannot_run_it_refuses_by_name() -> None:
         scores((q, packed, weights))
     with pytest.raises(ValueError, match="rows of k_index don't follow each other"):
         scores((q, (torch.cat((there, every), 2)[..., :128], k_scale), weights))
-    between = torch.empty(40 * 128 + 16 + 40 * 128, dtype=k.dtype).as_strided((2, 40, 128), (40 * 128 + 16, 128, 1)).copy_(k)
+    between = torch.empty(80 * 128 + 16, dtype=k.dtype, device=DEVICE).as_strided((2, 40, 128), (40 * 128 + 16, 128, 1)).copy_(k)
     with pytest.raises(ValueError, match="no whole number of rows apart"):
         scores((tuple(x.expand(2, *x.shape[1:]) for x in q), (between, k_scale.expand(2, -1)), weights.expand(2, -1, -1)))
     values, scale = (x.to(DEVICE) for x in q)
