@@ -54,15 +54,16 @@ TASKS = (
     "Triton hands its groups of warps their tasks in words of shared memory, between barriers of the whole program that have a name of their "
     "own, which racecheck doesn't follow; it reports nothing else of this kernel"
 )
+ARRIVALS = (
+    "its groups of warps hand shared memory over by barriers at which one thread arrives for its group, each time right behind a barrier "
+    "of that group (tests/ops/{}), and Triton hands them their tasks likewise: racecheck doesn't connect the two"
+)
 KNOWN = {
-    ("racecheck", "attend.hopper.forward"): (
-        "its groups of warps hand shared memory over by barriers at which one thread arrives for its group, each time right behind a barrier "
-        "of that group (tests/ops/test_compiled_hopper.py), and Triton hands them their tasks likewise: racecheck doesn't connect the two"
-    ),
+    ("racecheck", "attend.hopper.forward"): ARRIVALS.format("test_compiled_hopper.py"),
     ("racecheck", "attend.hopper_union.forward_unions"): TASKS,
     ("racecheck", "attend.hopper_backward.scores_128"): TASKS,
     ("racecheck", "attend.hopper_backward.of_keys_128"): TASKS,
-    ("racecheck", "score.hopper.forward"): TASKS,
+    ("racecheck", "score.hopper.forward"): ARRIVALS.format("test_hopper_score.py"),
     ("racecheck", "select.hopper_candidates.find"): TASKS,
 }
 
