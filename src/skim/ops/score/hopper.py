@@ -1,8 +1,8 @@
 """Index scores of FP8 on sm_90 in Gluon: `I[t, s] = sum_j w[t, j] * J^-1/2 * E^-1/2 * ReLU(q[t, j] . k[s])`.
 
 A task is a tile of neighbouring queries, which with all their heads are the 256 columns of a product, and a chunk of the keys.
-A program, one a processor, serves task after task, the longest first, and a part of one or two of those that are left when there are
-fewer of them than programs. It has three groups of four warps:
+A program, one a processor, serves task after task, the longest first, and then an equal part, of one or two tasks, of those that are
+left behind whole rounds. It has three groups of four warps:
 
 - two times `_score`: each takes one half of every block of 256 keys, multiplies 64 keys at a time with the queries, half of the
   heads after the other, and sums one half while the next is multiplied. While one group sums, the other multiplies;
@@ -49,14 +49,21 @@ def _dots(width):
 
 
 @gluon.constexpr_function
-def _scores(BQ):
-    """Layout of `[ROWS, BQ]`: what sums of heads are left in."""
+def of_sums(BQ, rows, of_thread, of_lanes):
+    """Layout of `[4 * rows, BQ]`, each warp's rows behind each other: what sums of heads are left in, of rows of a thread and of its lanes."""
     queries = [[0, 4 << i] for i in range((BQ // 4).bit_length() - 1)]
-    return gl.DistributedLinearLayout([[8, 0], *queries], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, BQ])
+    lanes = [[0, 1], [0, 2], *([n, 0] for n in of_lanes)]
+    return gl.DistributedLinearLayout([*([n, 0] for n in of_thread), *queries], lanes, [[rows, 0], [2 * rows, 0]], [], [4 * rows, BQ])
 
 
 @gluon.constexpr_function
-def tile_layout(BE):
+def _scores(BQ):
+    """Layout of `[ROWS, BQ]`, rows as a product leaves them."""
+    return of_sums(BQ, 16, [8], [1, 2, 4])
+
+
+@gluon.constexpr_function
+def _tiles(BE):
     """Layout of rows of BE bytes in shared memory, for products."""
     return gl.NVMMASharedLayout(BE, 8, 2)
 
@@ -97,7 +104,7 @@ def queries_of(J: int) -> int:
 
 
 def _chunk(S: int, tiles: int, programs: int) -> int:
-    """Keys of a task: as many as may be, and so few that each program has a task, or that programs share tasks evenly, whichever ends first."""
+    """Keys of a task: of as many chunks as give each program one task at most, or of one chunk more, whichever ends first; CHUNK at most."""
 
     def cost(chunks: int) -> float:
         tasks, keys = tiles * chunks, S / chunks + BEGINNING
@@ -108,7 +115,7 @@ def _chunk(S: int, tiles: int, programs: int) -> int:
 
 
 @gluon.jit
-def _turn_of(turn):
+def turn_of(turn):
     """Where this program stands in a round: rounds run forwards and backwards in turns, so that all programs have the same work."""
     program = gl.program_id(0)
     return gl.where(turn % 2 == 0, program, gl.num_programs(0) - 1 - program)
@@ -125,18 +132,11 @@ def task_of(task, tiles, row_tiles, chunk, BQ: gl.constexpr):
 
 
 @gluon.jit
-def whole_task(turn, tiles, chunk, BQ: gl.constexpr):
-    """First query and first key of this program's task of a round, of one row of the batch."""
-    _, t0, origin = task_of(turn * gl.num_programs(0) + _turn_of(turn), tiles, tiles, chunk, BQ)
-    return t0, origin
-
-
-@gluon.jit
 def _left(tasks):
     """Whole rounds, tasks left behind them, and where this program's share of these begins, in tasks / programs: it has as many as are left."""
     programs = gl.num_programs(0)
     rounds, left = tasks // programs, tasks % programs
-    return rounds, left, _turn_of(rounds) * left
+    return rounds, left, turn_of(rounds) * left
 
 
 @gluon.jit
@@ -152,7 +152,7 @@ def _part(n, tasks):
     programs = gl.num_programs(0)
     rounds, left, begin = _left(tasks)
     beyond, share = n - rounds, begin % programs
-    task = gl.where(beyond < 0, n * programs + _turn_of(n), rounds * programs + begin // programs + beyond)
+    task = gl.where(beyond < 0, n * programs + turn_of(n), rounds * programs + begin // programs + beyond)
     low = gl.where(beyond == 0, share, 0)
     high = gl.where(beyond < 0, programs, gl.minimum(share + left - beyond * programs, programs))
     return task, low, high
@@ -366,8 +366,8 @@ def shared_memory(BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, ARRIVALS
     `asked` and `ready` say that a task's queries and a block's keys are there, `answered` and `free` that both groups are done with them.
     ARRIVALS make a block ready: those of 128 threads that copy, and of the copy engine.
     """
-    q = gl.allocate_shared_memory(gl.float8e4nv, [2, BQ * BJ, BE], tile_layout(BE))
-    keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, BE], tile_layout(BE))
+    q = gl.allocate_shared_memory(gl.float8e4nv, [2, BQ * BJ, BE], _tiles(BE))
+    keys = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, KEYS, BE], _tiles(BE))
     w = gl.allocate_shared_memory(gl.float32, [2, BQ * BJ], LINES)
     q_scales = gl.allocate_shared_memory(gl.float32, [2, BQ * BJ], LINES)
     starts = gl.allocate_shared_memory(gl.int32, [2, BQ], LINES)
@@ -386,13 +386,14 @@ def shared_memory(BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, ARRIVALS
     return q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free
 
 
-@gluon.jit(do_not_specialize=["tasks", "tiles", "row_tiles", "chunk", "T"])
+@gluon.jit(do_not_specialize=["k_b", "tasks", "tiles", "row_tiles", "chunk", "T"])
 def forward(
     Q, W, Q_SCALE, K, SCALE, START, END, OUT, k_b, s_b, s_s, tasks, tiles, row_tiles, chunk, T, S,
     J: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr, BE: gl.constexpr, REGISTERS_SCORE: gl.constexpr, REGISTERS_LOAD: gl.constexpr,
 ):  # fmt: skip
     """Scores. K: boxes of KEYS rows. A chunk's tasks are the `tiles` of the queries."""
     q, w, q_scales, starts, ends, keys, scales, asked, answered, ready, free = shared_memory(BQ, BJ, BE, 129)
+    fence_async_shared()  # the copy engine arrives at them
     gl.warp_specialize(
         [
             (_score, (
@@ -433,7 +434,7 @@ def index_scores(
     chunk = _chunk(S, B * row_tiles, programs)
     tasks = B * row_tiles * triton.cdiv(S, chunk)
     apart = k.stride(0) // E if B > 1 else 0
-    rows = TensorDescriptor.from_tensor(k.as_strided(((B - 1) * apart + S, E), (E, 1)), [KEYS.value, E], tile_layout(E))
+    rows = TensorDescriptor.from_tensor(k.as_strided(((B - 1) * apart + S, E), (E, 1)), [KEYS.value, E], _tiles(E))
     forward[(min(tasks, programs),)](
         q.contiguous(), weights.float().contiguous(), q_scale.float().contiguous(), rows, k_scale, start.contiguous(), end.contiguous(), scores,
         apart, *k_scale.stride(), tasks, B * row_tiles, row_tiles, chunk, T, S,

@@ -25,12 +25,14 @@ from skim.ops.score.hopper import (
     begin_products,
     index_scores,
     load_queries,
+    of_sums,
     queries_of,
     row_copy,
     shared_memory,
+    task_of,
     tile_scores,
+    turn_of,
     weights_of,
-    whole_task,
 )
 from skim.ops.select.kernels import FINITE
 
@@ -41,16 +43,21 @@ PIECE = gl.constexpr(16)  # of these, in one product
 
 @gluon.constexpr_function
 def _keys(BQ):
-    """Layout of `[ROWS, BQ]`: what sums of heads are left in, rows in the order of their keys."""
-    queries = [[0, 4 << i] for i in range((BQ // 4).bit_length() - 1)]
-    return gl.DistributedLinearLayout([[1, 0], *queries], [[0, 1], [0, 2], [2, 0], [4, 0], [8, 0]], [[16, 0], [32, 0]], [], [64, BQ])
+    """Layout of `[ROWS, BQ]`, rows in the order of their keys."""
+    return of_sums(BQ, 16, [1], [2, 4, 8])
 
 
 @gluon.constexpr_function
 def _pairs(BQ):
     """Layout of `[ROWS // 2, BQ]`, pairs of neighbouring keys as `_keys` leaves them to threads."""
-    queries = [[0, 4 << i] for i in range((BQ // 4).bit_length() - 1)]
-    return gl.DistributedLinearLayout(queries, [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [32, BQ])
+    return of_sums(BQ, 8, [], [1, 2, 4])
+
+
+@gluon.jit
+def _task(turn, tiles, chunk, BQ: gl.constexpr):
+    """First query and first key of this program's task of a round."""
+    _, t0, origin = task_of(turn * gl.num_programs(0) + turn_of(turn), tiles, tiles, chunk, BQ)
+    return t0, origin
 
 
 @gluon.jit
@@ -86,7 +93,7 @@ def _load(
     half, piece, part, inside = line // (KEYS // 2), line // ROWS % 2, line // PIECE % 4, line % PIECE
     block = 0
     for turn in range(turns):
-        t0, origin = whole_task(turn, tiles, chunk, BQ)
+        t0, origin = _task(turn, tiles, chunk, BQ)
         buffer = turn % 2
         mbarrier.wait(answered.index(buffer), (turn // 2 & 1) ^ 1)
         load_queries(
@@ -210,7 +217,7 @@ def _compare(
     segments = gl.cdiv(S, chunk) * PARTS
     block = 0
     for turn in range(turns):
-        t0, origin = whole_task(turn, tiles, chunk, BQ)
+        t0, origin = _task(turn, tiles, chunk, BQ)
         buffer = turn % 2
         mbarrier.wait(asked.index(buffer), turn // 2 & 1)
         fence_async_shared()
