@@ -133,7 +133,10 @@ def task_of(task, tiles, row_tiles, chunk, BQ: gl.constexpr):
 
 @gluon.jit
 def _left(tasks):
-    """Whole rounds, tasks left behind them, and where this program's share of these begins, in tasks / programs: it has as many as are left."""
+    """Whole rounds, tasks left behind them, and which part of these is this program's first.
+
+    A task has as many parts as there are programs, so each program serves as many parts as tasks are left.
+    """
     programs = gl.num_programs(0)
     rounds, left = tasks // programs, tasks % programs
     return rounds, left, turn_of(rounds) * left
@@ -148,7 +151,7 @@ def _parts(tasks):
 
 @gluon.jit
 def _part(n, tasks):
-    """This program's n-th task, and from where to where it serves it, in tasks / programs."""
+    """This program's n-th task, and from which to which of its parts it serves it."""
     programs = gl.num_programs(0)
     rounds, left, begin = _left(tasks)
     beyond, share = n - rounds, begin % programs
