@@ -25,7 +25,7 @@ FLOAT32 = r"index_scores_backward"  # exact products: matrix units have none
 FEW_ROWS = r" (?!128/1)\S+ \d+ attend.*( rows$|decode)| 16/16 .* union$| 128/1 .*_backward"  # a warp group multiplies 64 rows at least
 SCORES = r" (forward|sample|candidates|exhaustive)_kernel$"  # a token has the same bits in each of them
 
-# The kernels that may spill, how many bytes at most, and why; all others may not.
+# The kernels that may spill, how many bytes at most, and why; all others may not. The release of Triton stands before the name.
 SPILLS = [
     (r"sm_90 .* attend(_dense)? forward( union|_dense)", 320, "128 registers, so that two programs share a processor: measured 20 % faster"),
     (r"attend_backward, deterministic backward union", 192, "adds 64-bit integers"),
@@ -49,12 +49,21 @@ SPILLS = [
     (r"select of 8192 with scores choose_kernel", 1088, "holds the candidates of a row in registers"),
     (r"exhaustive_kernel", 64, "runs for rows only whose sample was of no use"),
     (FLOAT32, 8192, "for tests and drawings; nothing trains through it"),
+    # Two releases whose assemblers spill more of what is above; their kernels were not measured.
+    (r"^3\.7 .* select of 2048 choose_kernel", 3136, "80 registers"),
+    (r"^3\.7 .* select of 8192 with scores choose_kernel", 1280, "holds the candidates of a row in registers"),
+    (r"^3\.7 .* top_k of 2048, \d+ rows top_k_kernel", 7424, "80 registers"),
+    (r"^3\.8 sm_90 .* 656 attend_dense", 1440, "64 rows"),
+    (r"^3\.8 sm_80 16/1 656 attend", 112, "keys as they are unpacked"),
+    (r"^3\.8 sm_(89|120) 4x64 bf16 select of 2048 candidates_kernel", 24, "addresses"),
+    (r"^3\.8 sm_(90|120) 9/3 64 4x64 align", 128, "the sums over keys fill the registers"),
 ]
 
 
-def spilled(row: dict) -> int:
-    """Bytes that a kernel spills, as the tests' limits know it: other releases' assemblers spill elsewhere, and nothing is said of them."""
-    return row["spilled"] if triton.__version__.startswith(("3.6.", "3.9.")) else 0
+def most(name: str, spills: list[tuple[str, int, str]]) -> int:
+    """Bytes that a kernel of this name may spill, in the form of `SPILLS`."""
+    release = ".".join(triton.__version__.split(".")[:2])
+    return max((number for pattern, number, _ in spills if re.search(pattern, f"{release} {name}")), default=0)
 
 
 def found(capability: int, operators: tuple[str, ...], cache: Path) -> list[dict]:
@@ -81,8 +90,8 @@ def test_compiled_kernels(capability: int, operators: tuple[str, ...], tmp_path:
         there = 48 if row["kernel"] == "unite" else SHARED[capability]  # KB; memory of its own is not asked for at a launch
         if row["shared"] > there << 10:
             problems.append(f"{name}: takes {row['shared']} bytes of shared memory, there are {there << 10}")
-        allowed = max((most for pattern, most, _ in SPILLS if re.search(pattern, name)), default=0)
-        if spilled(row) > allowed:
+        allowed = most(name, SPILLS)
+        if row["spilled"] > allowed:
             problems.append(f"{name}: spills {row['spilled']} bytes with {row['registers']} registers, {allowed} are allowed")
         if re.search(SCORES, name) and row["sums_of_products"]:
             problems.append(f"{name}: leaves open which of two products is rounded, {row['sums_of_products']} times")
