@@ -83,7 +83,8 @@ def test_auto_on_a_gpu_is_triton_from_sm_80_on(capability: str, expected: str, g
 
 
 @pytest.mark.parametrize(
-    ("release", "expected"), [("3.6.0", "hopper"), ("3.7.1", "hopper"), ("3.9.1", "hopper"), ("3.5.1", "triton"), ("3.10.0", "triton")]
+    ("release", "expected"),
+    [("3.6.0", "hopper"), ("3.7.1", "hopper"), ("3.9.1", "hopper"), ("3.5.1", "triton"), ("3.8.0", "triton"), ("3.10.0", "triton")],
 )
 def test_auto_on_sm_90_is_hopper_where_it_has_the_operator_and_knows_the_language(release: str, expected: str, gpu, monkeypatch) -> None:
     triton = pytest.importorskip("triton")

@@ -18,7 +18,7 @@ import torch
 
 OPERATORS = ("score", "select", "attend", "align", "codec")
 IMPLEMENTATIONS = ("hopper", "triton", "numba", "reference")  # the fastest first
-GLUON = ("3.6", "3.7", "3.8", "3.9")  # releases of Triton that hopper's kernels are written for: their language changes from one to the next
+GLUON = ("3.6", "3.7", "3.9")  # releases of Triton that hopper's kernels are written for: their language changes from one to the next
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 SM = (8, 0)  # the first NVIDIA GPUs with bf16 matrix units and asynchronous copies
 
